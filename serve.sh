@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Serve a run behind vLLM's OpenAI-compatible API: merged weights (or --lora: base plus adapter), on this machine
+# only unless VLLM_API_KEY is set. Waits until the server is healthy, prints how to ask it, stops it on Ctrl-C.
+#
+#   ./serve.sh outputs/phantoms
+#   ./serve.sh outputs/phantoms --lora --port 8001
+#   VLLM_API_KEY=$(openssl rand -hex 32) ./serve.sh outputs/phantoms --host 0.0.0.0
+#   ./serve.sh outputs/phantoms --dry-run
+#   ./serve.sh outputs/phantoms -- --tensor-parallel-size 4      # any flag of `vllm serve`
+#   ./serve.sh --help
+#
+# What it runs and why is in sonovqa/serving_plan.py. PYTHON chooses another interpreter than .venv's.
+set -euo pipefail
+
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-$here/.venv/bin/python}
+[[ -x $python ]] || python=$(command -v python3) || { echo "error: no Python found; run make install" >&2; exit 2; }
+
+# exec: the signals that stop a server reach the process that stops vLLM.
+export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}
+exec "$python" -m sonovqa.serving "$@"

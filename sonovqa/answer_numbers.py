@@ -1,0 +1,238 @@
+"""Numbers of an answer: gestational ages as week intervals, and quantities with their units.
+
+Both work on cleaned text (`answer_words.clean`). What must not stand around a number for it to be an age, the
+trimesters and the units are data in `answers.toml`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+from sonovqa.answer_terms import Terms
+from sonovqa.answer_words import VOCABULARY, named
+
+AGE = VOCABULARY["age"]
+_WEEK = r"(?:completed )?(?:weeks?|we?a?ks|wks?|w)\b\.?"
+_DAY = r"(?:days?|d)\b"
+_TO = r"(?:-|~|to|and|until|till|through)"
+_SENTENCE = re.compile(r"[.;!?](?!\d)")
+_FREE = r"(?<![\w.@])(?<!\d[/+])"  # a number begins here, not in the middle of another one or of a date
+
+
+class Quantity(NamedTuple):
+    """A number with its unit.
+
+    Attributes:
+        name: what it measures: a parameter of Q4 (``AC`` …), or ``""``.
+        value: the number (of a range its middle, of "under 3.5" 3.5), in ``unit``.
+        unit: the base unit: ``mm`` for every length, ``degree``, ``percentile``, … or ``""``.
+        low: lower end (``-inf`` for "under 3.5"); equal to ``high`` for a plain number.
+        high: upper end.
+    """
+
+    name: str
+    value: float
+    unit: str
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Canonical wording: ``AC 235.6 mm``, ``LV under 10 mm``, ``FL 30-32 mm``."""
+        if self.low == -math.inf:
+            number = f"under {self.value:.10g}"
+        elif self.high == math.inf:
+            number = f"over {self.value:.10g}"
+        else:
+            number = f"{self.low:.10g}" if self.low == self.high else f"{self.low:.10g}-{self.high:.10g}"
+        return " ".join(part for part in (self.name, number, self.unit) if part)
+
+
+class Found(NamedTuple):
+    """Something read at a place of the cleaned text: the value, and the offsets of what it was read from."""
+
+    value: tuple[float, float] | Quantity
+    start: int
+    end: int
+
+
+def _either(words) -> str:
+    """A regular expression for any of the words, the longest first, each ending at a word's end."""
+    return "(?:" + "|".join(re.escape(w) + (r"\b" if w[-1].isalnum() else "") for w in sorted(words, key=len, reverse=True)) + ")"
+
+
+@functools.cache
+def _pattern(name: str) -> re.Pattern:
+    """The compiled expressions, built once from the vocabulary."""
+    point = r"(?:@\d+(?:\.\d+)?|\d{1,2}(?:\.\d+)?(?!\d))"  # days as `rewritten_age` writes them, or weeks
+    number, unit = r"\d+(?:\.\d+)?", _either(_units())
+    less, more = rf"(?P<less>{_either(AGE['less'])})", rf"(?P<more>{_either(AGE['more'])})"
+    plus_or_minus = r"(?:±|\+/-|\+ or -|plus or minus|give or take)"
+    patterns = {
+        "spelt": rf"\b(?:(?P<tens>twenty|thirty|forty)[ -]+)?(?P<one>{_either(AGE['numbers'])})",
+        "point": rf"{_FREE}(\d{{1,2}}) ?(?:"
+        rf"(?:{_WEEK})? ?\+ ?0?([0-6])(?![\d.])(?: ?{_DAY})?(?: ?/ ?7)?"  # 12w+4d, 12+4, 12+4/7
+        rf"|{_WEEK} ?(?:and|,)? ?0?([0-6]) ?(?:/ ?7 ?)?{_DAY}"  # 12 weeks and 4 days
+        rf"|w ?0?([0-6])(?!\d)(?: ?{_DAY})?"  # 12w4
+        r"|[ -]([1-6]) ?/ ?7)",  # 12 4/7
+        "days": rf"{_FREE}(\d{{2,3}}) ?days\b(?: old)?",
+        "error": rf"({point}) ?(?:{_WEEK})? ?{plus_or_minus} ?(\d\d?(?:\.\d)?)(?! ?%) ?({_DAY}|{_WEEK})?(?: ?{_WEEK})?",
+        "age": rf"(?P<lead>\bweeks? )?{_FREE}(?P<low>{point})(?P<inner> ?{_WEEK})?(?: ?{_TO} ?(?P<high>{point}))?"
+        rf"(?P<open> ?\+(?! ?[\d/-]))?(?P<unit> ?-? ?{_WEEK}| ?/ ?40\b)?(?P<open2> ?\+(?! ?[\d/-]))?"
+        r"(?P<more> (?:or|and) (?:more|over|above|later|beyond|older|greater|further)\b)?"
+        r"(?P<less> or (?:less|earlier|below|younger)\b)?",
+        "sign": rf"(?:{less}|{more}) ?(?:the )?$",
+        "not_after": rf"(?<!\w){_either(AGE['not_after'])}(?: {_either(AGE['between'])})* ?$",
+        "not_before": rf"^ ?(?:{_either(AGE['between'])} )*{_either(AGE['not_before'])}",
+        "cue": rf"{_either(AGE['cues'])}[^.;]{{0,40}}$",
+        "qualifier": rf"\b{_either([*AGE['approximate'], *AGE['cues'], *AGE['less'], *AGE['more'], 'of', 'is', 'the', 'at'])}",
+        "quantity": rf"(?:{less}|{more})? ?(?P<low>(?:(?<![\w)])-)?(?<![\d.@]){number})"
+        rf"(?: ?(?P<inner>{unit})? ?(?P<joint>-|~|to|±|\+/-) ?(?P<high>{number})(?! ?{_DAY}))? ?-?(?P<unit>{unit})?",
+        "comma": r"(?<=\d),(?=\d{1,2} ?(?:mm|cm)\b)",
+        "sizes": rf"({number}) ?(?:{unit})? ?[x×] ?(?=(?:{number} ?(?:{unit})? ?[x×] ?)*{number} ?({unit}))",
+    }
+    return re.compile(patterns[name])
+
+
+@functools.cache
+def _units() -> dict[str, tuple[float, str]]:
+    """Wording -> (factor, base unit)."""
+    return {text: (factor, base) for name, (factor, base, others) in VOCABULARY["units"].items() for text in (name, *others)}
+
+
+@functools.cache
+def _named_ages() -> Terms:
+    return Terms({"age": named({name: others for name, (_, _, others) in AGE["named"].items()})})
+
+
+def digits(text: str) -> str:
+    """Number words as digits: "twenty-two" -> "22". ``text`` is cleaned."""
+    return _pattern("spelt").sub(lambda m: str(AGE["numbers"].get(m["tens"], 0) + AGE["numbers"][m["one"]]), text)
+
+
+def rewritten_age(text: str) -> str:
+    """Cleaned text with every age of weeks and days, and every "±", written as ``@days`` (12w+4d -> @88)."""
+    text = re.sub(r"(?<=[a-z])(?=\d)", " ", digits(text))  # ga23 weeks
+    text = re.sub(r"(\d)(?:st|nd|rd|th)(?= (?:week|and|to|-))", r"\1", text)  # 20th to 24th week
+    text = _pattern("point").sub(lambda m: f"@{7 * int(m[1]) + int(next(g for g in m.groups()[1:] if g))}", text)
+    text = _pattern("days").sub(lambda m: f"@{m[1]}", text)
+
+    def spread(m: re.Match) -> str:
+        middle, error = _weeks(m[1]) * 7, float(m[2]) * (1 if (m[3] or "w").startswith("d") else 7)
+        return f"@{middle - error:.10g}-@{middle + error:.10g}"
+
+    return _pattern("error").sub(spread, text)
+
+
+def _weeks(point: str) -> float:
+    return float(point[1:]) / 7 if point[0] == "@" else float(point)
+
+
+def ages(text: str) -> list[Found]:
+    """Every gestational age said in `rewritten_age` text, as (low, high) in weeks with offsets into that text.
+
+    A number is an age with a week's unit, in days, or when nothing but it was said; never after "small for", before
+    "ago" and the like, and only if plausible. "Under 14 weeks" and "38+" end where ``age.open`` says.
+    """
+    found = []
+    for match in _pattern("age").finditer(text):
+        before, after = _SENTENCE.split(text[: match.start()])[-1], _SENTENCE.split(text[match.end() :])[0]
+        sign = _pattern("sign").search(before)
+        start = match.start() - (len(sign[0]) if sign else 0)
+        if _another(before[: len(before) - match.start() + start], after) or not _said(match, text):
+            continue
+        low, high = _weeks(match["low"]), _weeks(match["high"] or match["low"])
+        if (sign and sign["less"]) or match["less"]:
+            low = min(AGE["open"][0], high)
+        elif (sign and sign["more"]) or match["more"] or match["open"] or match["open2"]:
+            high = max(AGE["open"][1], low)
+        if AGE["plausible"][0] <= low <= high <= AGE["plausible"][1]:
+            found.append(Found((low, high), start, match.end()))
+    return found
+
+
+def _another(before: str, after: str) -> bool:
+    """Whether the words around a number make it something else than an age, or negative."""
+    negative = re.search(r"(?:^|\s)-$", before)
+    return bool(negative or _pattern("not_after").search(before) or _pattern("not_before").search(after))
+
+
+def _said(match: re.Match, text: str) -> bool:
+    """Whether a number is said to be weeks, or is all that was said."""
+    weeks = match["unit"] or match["inner"] or match["lead"] or "@" in match[0]
+    return bool(weeks) or not re.search(r"[a-z]", _pattern("qualifier").sub("", text.replace(match[0], "", 1)))
+
+
+def age(text: str) -> Found | None:
+    """The one gestational age said in `rewritten_age` text; ``None`` if there is none or two contradict each other.
+
+    A number goes before a trimester, one called gestational age before others, the first before those that overlap it;
+    estimates that lie close together make one interval.
+    """
+    found = ages(text)
+    if not found:
+        spans = [s for s in _named_ages().spans(text) if "age" in s.kinds and not s.status & {"no", "mention"}]
+        found = [Found(tuple(map(float, AGE["named"][s.kinds["age"]][:2])), s.start, s.end) for s in spans]
+    called = [f for f in found if _pattern("cue").search(text[: f.start])]
+    found = called or found
+    if not found:
+        return None
+    first, (low, high) = found[0], found[0].value
+    if all(max(low, f.value[0]) <= min(high, f.value[1]) for f in found):
+        return first
+    low, high = min(f.value[0] for f in found), max(f.value[1] for f in found)
+    return first._replace(value=(low, high)) if high - low <= AGE["agree"] else None
+
+
+def age_wording(weeks: tuple[float, float]) -> str:
+    """Canonical wording of an interval in weeks: "20-25 weeks", "12w+4d", "second trimester", "20.5 weeks"."""
+    for name, (low, high, _) in AGE["named"].items():
+        if (low, high) == weeks:
+            return name
+    low, high = map(_point_wording, weeks)
+    if low == high:
+        return low if "+" in low else f"{low} weeks"
+    return f"{low} to {high}" if "+" in low + high else f"{low}-{high} weeks"
+
+
+def _point_wording(weeks: float) -> str:
+    days = round(weeks * 7)
+    if days % 7 and abs(weeks * 7 - days) < 1e-6:
+        return f"{days // 7}w+{days % 7}d"
+    return f"{weeks:.10g}"
+
+
+def quantities(text: str) -> list[Found]:
+    """Every number of cleaned text as a `Quantity` without a name, lengths in mm; ordinals and bare words are not read."""
+    text = _pattern("comma").sub(".", text)
+    found = []
+    for match in _pattern("quantity").finditer(text):
+        glued = text[: match.start("low")][-1:].isalpha()
+        if text[match.end() : match.end() + 1].isalpha() or (glued and not match["unit"]):  # "3rd", "4ch", "T2", but BPD47mm
+            continue
+        found.append(Found(_quantity(match), match.start(), match.end()))
+    return found
+
+
+def _quantity(match: re.Match) -> Quantity:
+    """The quantity of one match of "quantity"."""
+    factor, unit = _units().get(match["unit"] or match["inner"] or "", (1, ""))
+    first = _units()[match["inner"]][0] if match["inner"] else factor
+    low, high = float(match["low"]) * first, float(match["high"] or match["low"]) * factor
+    if match["joint"] in ("±", "+/-"):
+        low, high = low - high, low + high
+    if not match["high"]:
+        high = low
+    value = round((low + high) / 2, 6)
+    if match["less"]:
+        return Quantity("", value, unit, -math.inf, value)
+    if match["more"]:
+        return Quantity("", value, unit, value, math.inf)
+    return Quantity("", value, unit, round(low, 6), round(high, 6))
+
+
+def sizes(text: str) -> str:
+    """Cleaned text with the unit of "6.5 x 6.2 x 8.8 cm" written after each number."""
+    return _pattern("sizes").sub(r"\1 \2 x ", text)

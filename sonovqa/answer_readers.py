@@ -1,0 +1,271 @@
+"""One reader a question: from the spans of an answer to its meaning, or to nothing.
+
+A reader never guesses: contradicting components and unknown words give no component, and an answer without any gives
+``None``, which is counted as unread.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, between_words, bin_of, ordered, set_meaning, single, terms
+from sonovqa.answer_numbers import AGE, Found, Quantity, age, digits, quantities, rewritten_age, sizes
+from sonovqa.answer_scope import Span, asserted
+from sonovqa.answer_words import VOCABULARY, clean
+
+
+def _none(spans: list[Span]) -> Meaning | None:
+    """The meaning of "cannot be determined", if that is what is said."""
+    return single(NOT_ASSESSABLE) if any("none" in s.kinds for s in spans) else None
+
+
+def read_structures(text: str) -> Meaning | None:
+    """Q1: the set of structures that are said to be seen; denied ones do not count."""
+    spans = list_spans("Q1", text)
+    seen = [name for span in spans if not span.status & {"no", "mention"} for name in names_of("structure", span)]
+    nothing = re.search(r"\b(?:no|none|nil|nothing)\b", text)
+    return set_meaning("Q1", seen) if seen or nothing or any(names_of("structure", s) for s in spans) else None
+
+
+def names_of(kind: str, span: Span) -> tuple[str, ...]:
+    """Canonical names of a kind that a term stands for: none, one, or the several of "internal and external os"."""
+    together = VOCABULARY["together"].get(kind, {}).get(span.kinds.get("together", ""), ())
+    return (span.kinds[kind],) if kind in span.kinds else tuple(together)
+
+
+def read_orientation(text: str) -> Meaning | None:
+    """Q2: presentation, view and side, each once or, if contradicted, not at all."""
+    spans = terms("Q2").spans(text)
+    said = {kind: {s.kinds[kind] for s in asserted(spans, kind)} for kind in ("presentation", "view")}
+    for loose, view in VOCABULARY["orientation"]["either"].items():
+        bare = any(s.text == loose for s in spans)
+        if bare and said["presentation"] - {loose, "longitudinal lie"}:  # "cephalic, transverse": lie is known, so a view
+            said["presentation"].discard(loose)
+            said["view"].add(view)
+    if len(said["presentation"]) > 1:
+        said["presentation"].discard("longitudinal lie")
+    said["view"] = {v for v in said["view"] if not any(_words(v) < _words(other) for other in said["view"])}
+    sides = _sides(spans)
+    chosen = {kind: next(iter(names)) for kind, names in said.items() if len(names) == 1}
+    if sides:
+        chosen["side"] = " and ".join(f"{anchor} {direction}" for anchor, direction in sorted(sides.items()))
+    parts = tuple((kind, chosen[kind]) for kind in COMPONENTS if kind in chosen)
+    key = ", ".join(value for _, value in parts)
+    return single(key, parts) if parts else None if any(said.values()) else _none(spans)
+
+
+def _words(name: str) -> set[str]:
+    """The words of a name: those of "axial" are among those of "axial upper abdomen", which says more."""
+    return set(name.replace("-", " ").split())
+
+
+def _sides(spans: list[Span]) -> dict[str, str]:
+    """Anchor -> direction for every "spine to the left" and "left-sided spine"; anchors with two directions are left out."""
+    between, pairs, at = between_words(), [], 0
+    while at < len(spans):
+        end = at + 1
+        while end < len(spans) and (spans[end].text in between or spans[end].text in ("-", ":", "=")) and end - at < 8:
+            end += 1
+        if end < len(spans) and not (spans[at].status | spans[end].status):
+            for first, second in ((spans[at], spans[end]), (spans[end], spans[at])):
+                if "anchor" in first.kinds and "direction" in second.kinds:
+                    pairs.append((first.kinds["anchor"], second.kinds["direction"]))
+                    at = end
+                    break
+        at += 1
+    pairs += [tuple(s.kinds["position"].split()) for s in asserted(spans, "position")]
+    counts: dict[str, set[str]] = {}
+    for anchor, direction in pairs:
+        counts.setdefault(anchor, set()).add(direction)
+    return {anchor: next(iter(found)) for anchor, found in counts.items() if len(found) == 1}
+
+
+def read_plane(text: str) -> Meaning | None:
+    """Q3: the plane with its family; the family alone where only that is said; and whether it is said to be non-standard."""
+    spans = terms("Q3").spans(text)
+    off = any("standard" in s.kinds and not s.status for s in spans)
+    planes = [s.kinds["plane"] for s in asserted(spans, "plane")] or [s.kinds["level"] for s in asserted(spans, "level")]
+    planes = list(dict.fromkeys(planes))
+    finer = [s.kinds["finer"] for s in asserted(spans, "finer")]
+    families = [s.kinds["family"] for s in asserted(spans, "family")] + [VOCABULARY["subfamilies"][f]["family"] for f in finer]
+    plane, family = _plane(planes, finer, families, spans)
+    if plane is None and not off:
+        return None if planes or families else _none(spans)
+    parts = [("plane", plane)] * bool(plane) + [("family", family)] * bool(family) + [("standard", "no")] * off
+    key = f"non-standard {plane}" if off and plane else plane or "non-standard"
+    return single(key, tuple(parts))
+
+
+def _plane(named: list[str], finer: list[str], families: list[str], spans: list[Span]) -> tuple[str | None, str | None]:
+    """Plane and family: the one plane named; else the family that several share; else a family's region; else the family."""
+    planes = VOCABULARY["planes"]
+    if len(named) == 1:
+        return named[0], planes[named[0]]["family"]
+    if named:
+        families = [planes[plane]["family"] for plane in named]
+    if len(set(families)) != 1:
+        return None, None
+    family = families[0]
+    regions = [] if named or "parasagittal" in finer else [s.kinds["region"] for s in asserted(spans, "region")]
+    for of in (family, VOCABULARY["families_akin"].get(family)):
+        for region in regions:
+            for plane, entry in planes.items():
+                if entry["family"] == of and region in entry.get("regions", ()):
+                    return plane, of
+    return (finer[0] if len(set(finer)) == 1 and not named else family), family
+
+
+def read_measurements(text: str) -> Meaning | None:
+    """Q4: the set of parameters, and the value of those that have one."""
+    spans = list_spans("Q4", text)
+    said = [(name, s) for s in spans if not s.status & {"no", "mention"} for name in names_of("parameter", s)]
+    if not said:
+        return set_meaning("Q4", ()) if any(set(s.kinds) & {"parameter", "none"} for s in spans) else None
+    return set_meaning("Q4", (name for name, _ in said), _values(text, said, quantities(text)))
+
+
+def list_spans(question_id: str, text: str) -> list[Span]:
+    """Spans of Q1, Q4 or Q8 without terms that are none here.
+
+    Those are Q4's units (the CM of "17.5 CM") and Q8's general actions that a more exact one follows at once
+    ("follow-up anomaly scan").
+    """
+    spans = terms(question_id).spans(text)
+    numbers = quantities(text) if question_id == "Q4" else ()
+    for at, span in enumerate(spans):
+        unit = any(number.start < span.start < number.end for number in numbers)
+        general = span.kinds.get("action") in VOCABULARY["actions_generic"]["names"]
+        if unit or (general and at + 1 < len(spans) and "action" in spans[at + 1].kinds):
+            span.kinds = {}
+    return spans
+
+
+def _values(text: str, named: list[tuple[str, Span]], numbers: list[Found]) -> tuple[Quantity, ...]:
+    """Each quantity with the parameter before it in its sentence, else the one right after ("a 2.3 mm NT")."""
+    given: dict[str, Quantity] = {}
+    together = re.search(r"\brespectively\b", text)
+    for number in numbers:
+        before = [n for n, s in named if s.end <= number.start and not re.search(r"[;!?]|\.(?!\d)", text[s.end : number.start])]
+        after = [n for n, s in named if s.start >= number.end and re.fullmatch(r"[^;,.!?\d]{0,12}", text[number.end : s.start])]
+        free = [n for n in before if n not in given]
+        candidates = free[:1] if together else [n for n in before[-1:] if n in free] or after[:1]
+        if candidates and candidates[0] not in given:
+            given[candidates[0]] = number.value._replace(name=candidates[0])
+    return tuple(given[name] for name in ordered("Q4", given))
+
+
+def read_age(text: str) -> Meaning | None:
+    """Q5: an interval in weeks, wherever it stands."""
+    found = age(rewritten_age(text))
+    if found is None:
+        return _none(terms("Q4").spans(text)) if not re.search(r"\d", text) else None
+    weeks = found.value
+    return Meaning("{:.6g}-{:.6g}".format(*weeks), frozenset((bin_of(weeks),)), weeks=weeks)
+
+
+def read_quality(text: str) -> Meaning | None:
+    """Q6: good, medium or low: what is said of the image as a whole, else what all its aspects agree on."""
+    spans = terms("Q6").spans(text)
+    ranked: dict[tuple[int, bool], set[str]] = {}  # what is denied says less than what is said
+    for at, span in enumerate(spans):
+        if "level" not in span.kinds or span.status & {"mention", "maybe"}:
+            continue
+        level = span.kinds["level"]
+        level = VOCABULARY["quality_negated"][level] if "no" in span.status else level
+        ranked.setdefault((_quality_rank(spans, at), "no" not in span.status), set()).add(level)
+    ranked = {rank: levels for rank, levels in ranked.items() if rank[0] >= 0}
+    if not ranked:
+        return None
+    said = ranked[max(ranked)]
+    return single(next(iter(said))) if len(said) == 1 else None
+
+
+def _quality_rank(spans: list[Span], at: int) -> int:
+    """3 said overall, 2 said of the quality or the image, 1 said alone, 0 of an aspect, -1 of something where much is bad."""
+    first, last = at, at + 1
+    while first and not _ends_rank(spans[first - 1], ()):
+        first -= 1
+    while last < len(spans) and not _ends_rank(spans[last], ("with", "and")):
+        last += 1
+    kinds = {kind for span in spans[first:last] for kind in span.kinds}
+    return 3 if "overall" in kinds else 2 if "subject" in kinds else -1 if "inverse" in kinds else 0 if "aspect" in kinds else 1
+
+
+def _ends_rank(span: Span, words: tuple[str, ...]) -> bool:
+    return span.text in (".", ";", ",", *words) or "terminators" in span.kinds
+
+
+def read_normality(text: str) -> Meaning | None:
+    """Q7: an asserted finding makes it abnormal; a doubted one, or doubt about the verdict itself, unclear; else normal."""
+    spans = terms("Q7").spans(text)
+    leading = next((s for s in spans if s.text not in (":", "-")), None)
+    if leading is not None and leading.kinds.get("verdict") == "unclear" and _ends_phrase(spans, leading):
+        return single("unclear")
+    said = [_verdict(s) for s in spans if set(s.kinds) & {"verdict", "finding", "deviation"} and "mention" not in s.status]
+    for verdict in ("abnormal", "doubted", "normal", "unclear"):
+        if verdict in said:
+            return single("unclear" if verdict == "doubted" else verdict)
+    return None
+
+
+def _ends_phrase(spans: list[Span], span: Span) -> bool:
+    at = spans.index(span)
+    return at + 1 == len(spans) or spans[at + 1].text in (".", ":", ";", ",", "-", "(")
+
+
+def _verdict(span: Span) -> str | None:
+    """What one term says of normality once denied or doubted."""
+    verdict = span.kinds.get("verdict", "abnormal")
+    if verdict == "unclear":
+        return None if "no" in span.status else "unclear"
+    if "maybe" in span.status:
+        return "doubted" if verdict == "abnormal" else "unclear"
+    if "no" in span.status:
+        return {"normal": "abnormal", "abnormal": "normal"}[verdict]
+    return verdict
+
+
+def read_actions(text: str) -> Meaning | None:
+    """Q8: the set of recommended actions; nothing but denied ones reads "no action"."""
+    spans = list_spans("Q8", text)
+    found = {s.kinds["action"] for s in spans if "action" in s.kinds and not s.status & {"no", "mention"}}
+    if len(found) > 1:
+        found.discard("no action")
+    if not found and any("action" in s.kinds and "no" in s.status for s in spans):
+        found = {"no action"}
+    return set_meaning("Q8", found) if found else None
+
+
+def read_free(text: str, question: str | None = None) -> Meaning | None:
+    """Any other question (VQA-RAD): yes or no, a number with its unit, else the words themselves, items in any order."""
+    lead = re.match(r"(yes|no)\b", text)
+    set_off = re.match(r"(yes|no)\s*(?:$|[.,;:!])", text)
+    if lead and (set_off if question is None else set_off or _is_yes_no(clean(question))):
+        return single(lead[0])
+    plain = sizes(digits(text))
+    numbers = tuple(found.value for found in quantities(plain))
+    for found in reversed(quantities(plain)):
+        plain = f"{plain[: found.start]} {found.value} {plain[found.end :]}"
+    words = re.sub(rf"\b(?:the|a|an|{'|'.join(map(re.escape, AGE['approximate']))})\b|~", " ", plain)
+    items = sorted({" ".join(item.strip(" .!?'\"").split()) for item in re.split(r"[,;]|\band\b(?=.*,|$)", words)} - {""})
+    key = ", ".join(items)
+    return Meaning(key, frozenset((key,)), values=numbers) if key else None
+
+
+def _is_yes_no(question: str) -> bool:
+    """Whether a question asks for yes or no: it begins with an auxiliary and offers no choice."""
+    auxiliary = r"(?:is|are|was|were|do|does|did|has|have|can|could|would|will|should|any)\b"
+    return bool(re.match(auxiliary, question)) and " or " not in question
+
+
+READERS: dict[str, Callable[[str], Meaning | None]] = {
+    "Q1": read_structures,
+    "Q2": read_orientation,
+    "Q3": read_plane,
+    "Q4": read_measurements,
+    "Q5": read_age,
+    "Q6": read_quality,
+    "Q7": read_normality,
+    "Q8": read_actions,
+}

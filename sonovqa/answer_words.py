@@ -1,0 +1,115 @@
+"""Words of an answer: the vocabulary file, cleaned text, and the one form in which a word is compared.
+
+The vocabulary is data (`answers.toml`), for a sonographer to edit.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tomllib
+import unicodedata
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+VOCABULARY: dict = tomllib.loads(Path(__file__).with_name("answers.toml").read_text(encoding="utf-8"))
+
+#: Tokens of cleaned text: numbers, words and single punctuation marks.
+TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+(?:'[^\W\d_]+)?|<=|>=|[^\w\s]")
+#: Another spelling of a single word -> the right one.
+SPELLING: dict[str, str] = {other: right for right, others in VOCABULARY["spelling"].items() for other in others}
+
+_PLAIN = str.maketrans(dict(zip("’‘“”–—‐‑−_", "''\"\"----- ", strict=True)))
+_JOINED = re.compile(rf"\b(?:{'|'.join(sorted(VOCABULARY['joined'], key=len, reverse=True))})\b")
+_BULLET = re.compile(r"^\s*(?:[-*•·]\s+(?![\d\s])|\d+[.)]\s+)", re.MULTILINE)
+
+
+def one_line(text: str) -> str:
+    """Text on one line: ``;`` for blank lines, and for every line end of a bulleted or numbered list; else single blanks."""
+    lines = [_BULLET.sub("", line) for line in str(text).strip().splitlines()]
+    if _BULLET.search(str(text)):
+        return " ".join(" ; ".join(filter(str.strip, lines)).split())
+    return " ".join(re.sub(r"\n\s*\n", " ; ", "\n".join(lines)).split())
+
+
+def clean(text: str) -> str:
+    """Lower-case text on one line with plain quotes and dashes, without markdown, abbreviations' full stops and n't."""
+    text = unicodedata.normalize("NFKC", one_line(text)).translate(_PLAIN).casefold()
+    text = re.sub(r"[*`#]+", " ", text)
+    text = re.sub(r"\b(?:[a-z]\.){2,}", lambda found: found[0].replace(".", ""), text)  # i.v.c. -> ivc
+    text = re.sub(r"\b(?:can|could) ?(?:not|n't)\b|\bcan't\b|\bcouldn't\b", "cannot", text)
+    text = re.sub(r"\b(approx|ca|est|resp|incl)\.", r"\1", text)
+    text = re.sub(r"(?<=\d)(mm|cm)(?=[a-z]{2})", r"\1 ", text)  # bpd47mmhc175mm
+    text = re.sub(r"\b(is|are|was|were|do|does|did|has|have|should|would)n't\b", r"\1 not", text)
+    text = _JOINED.sub(lambda found: VOCABULARY["joined"][found[0]], text)
+    return " ".join(text.split())
+
+
+def singular(word: str) -> str:
+    """The word without a plural -s; only ever compared with other words so treated, so it need not be a word."""
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-1] if len(word) > 3 and word[-1] == "s" and word[-2] not in "siu" else word
+
+
+def named(table: dict[str, Iterable[str]]) -> dict[str, tuple[str, ...]]:
+    """A table of the vocabulary with each name among its own wordings."""
+    return {name: (name, *others) for name, others in table.items()}
+
+
+@functools.cache
+def _domain_words() -> tuple[str, ...]:
+    """Long words of the vocabulary's terms: what a typing error may be mended to."""
+    v = VOCABULARY
+    tables = [v[name] for name in ("structures", "parameters", "actions", "findings", "normality", "quality", "families")]
+    tables += [v["orientation"]["presentation"], v["orientation"]["view"]]
+    tables += [{plane: entry["names"]} for plane, entry in v["planes"].items()]
+    return tuple(sorted(w for w in _words_in(tables) if len(w) >= 7))
+
+
+@functools.cache
+def _known_words() -> frozenset[str]:
+    """Every word of the vocabulary file but the misspelt ones: none of them is a typing error."""
+    return frozenset(_words_in({name: table for name, table in VOCABULARY.items() if name != "spelling"}))
+
+
+def _words_in(value) -> set[str]:
+    """The singular words of every string in nested tables, their names included."""
+
+    def strings(inner) -> Iterator[str]:
+        if isinstance(inner, str):
+            yield inner
+        elif isinstance(inner, dict | list):
+            for item in [*inner, *inner.values()] if isinstance(inner, dict) else inner:
+                yield from strings(item)
+
+    return {singular(w) for text in strings(value) for w in TOKEN.findall(clean(text))}
+
+
+@functools.lru_cache(maxsize=65536)
+def word(raw: str) -> str:
+    """The form in which a word is compared: spelling table, one typing error mended in long words, singular.
+
+    An error is mended only towards a single word of the vocabulary with the same first letter (so that un-, a-, in- and
+    non- are never added or lost), and never in a word listed under ``typing.keep``.
+    """
+    from rapidfuzz.distance import OSA
+
+    raw = SPELLING.get(raw, raw)
+    bare = singular(raw)
+    if len(bare) < 7 or bare in VOCABULARY["typing"]["keep"] or bare in _known_words():
+        return bare
+    near = [w for w in _domain_words() if w[0] == bare[0] and OSA.distance(bare, w, score_cutoff=1) <= 1]
+    return near[0] if len(near) == 1 else bare
+
+
+@functools.cache
+def inside_words() -> frozenset[str]:
+    """Words that may stand inside a term without being part of it: articles, adverbs, auxiliaries."""
+    return frozenset(VOCABULARY["negation"]["inside"])
+
+
+@functools.cache
+def fillers() -> frozenset[str]:
+    """Words without meaning of their own, in the form of `word`."""
+    return frozenset(word(w) for w in VOCABULARY["fillers"]["words"])

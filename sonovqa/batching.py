@@ -1,0 +1,200 @@
+"""From rows of the data set to batches: one sequence a row, whose questions share the image's prefix.
+
+A sequence is the prefix (system text, image, context) once, then the branches (question, answer, end of turn). A branch
+sees the prefix and itself, never another branch, and its positions go on from the prefix's end as if it were alone. So
+the vision tower and the image's tokens run once for all questions, and the loss is that of separate samples, which are
+the same thing with one branch a row. Labels, weights and the mask are made here and nowhere else.
+
+Source: tree attention (Cai et al., Medusa, 2024, arXiv:2401.10774, section 3.1) put to use in training; positions are
+M-RoPE's (Qwen2-VL, arXiv:2409.12191, section 2.1) for the families that have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sonovqa import chat
+
+IGNORED = -100  # torch's `ignore_index`: a token without loss
+_TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What an image's questions share.
+
+    Attributes:
+        ids: token ids, image tokens expanded, ``[P]``.
+        positions: rotary positions, ``[3, P]`` for M-RoPE families, else ``[P]``.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+
+    @property
+    def end(self) -> int:
+        """First position after the prefix: M-RoPE counts an image as its longer side, so this is not ``P``."""
+        return int(self.positions.max()) + 1
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One question from the prefix's end on.
+
+    Attributes:
+        ids: token ids of question, tail of the template and, in training, answer and end of turn, ``[B]``.
+        asked: number of leading tokens that belong to the question: no loss on them.
+        weight: the loss weight of each of its answer tokens.
+    """
+
+    ids: list[int]
+    asked: int
+    weight: float = 1.0
+
+
+class Encoder:
+    """Turns images, prompts and answers into token ids, positions and pixel tensors with a model's own processor.
+
+    Args:
+        processor: a Hugging Face processor; its image sizes are the pixel budget.
+        model: the model the ids are for; its `get_rope_index` gives M-RoPE positions. ``None`` for plain positions.
+    """
+
+    def __init__(self, processor, model=None):
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.template = chat.Template(processor)
+        self._rope = _rope_index(model)
+
+    def prefixes(self, images: Sequence, contexts: Sequence[str | None]) -> tuple[list[Prefix], dict[str, torch.Tensor]]:
+        """Encode one prefix an image.
+
+        Args:
+            images: ``N`` RGB PIL images.
+            contexts: ``N`` context lines or ``None``.
+
+        Returns:
+            ``N`` prefixes, and the vision tensors of all images as the processor makes them (for Qwen-VL
+            ``pixel_values`` ``[sum of patches, patch values]`` and ``image_grid_thw`` ``[N, 3]``).
+        """
+        texts = [self.template.prefix(context) for context in contexts]
+        made = self.processor(text=texts, images=list(images), padding=True, padding_side="right", return_tensors="pt")
+        types = made.get("mm_token_type_ids")
+        lengths = made["attention_mask"].sum(dim=1).tolist()
+        vision = {key: value for key, value in made.items() if key not in _TEXT_KEYS}
+        found = []
+        for i, length in enumerate(lengths):
+            ids = made["input_ids"][i, :length]
+            if self._rope is None:
+                positions = torch.arange(length)
+            else:
+                grid = vision["image_grid_thw"][i : i + 1]
+                positions = self._rope(ids[None], types[i : i + 1, :length], image_grid_thw=grid)[0][:, 0]
+            found.append(Prefix(ids, positions))
+        return found, vision
+
+    def branch(self, prompt: str, answer: str | None = None, weight: float = 1.0) -> Branch:
+        """Encode one question and, in training, its answer and end of turn. They are tokenised apart, as at inference
+        the prompt ends where the answer begins."""
+        asked = self._ids(self.template.branch(prompt))
+        told = [] if answer is None else self._ids(answer + self.template.end_of_turn)
+        return Branch(asked + told, len(asked), weight)
+
+    def prefix_lengths(self, sizes: Sequence[tuple[int, int]], contexts: Sequence[str | None]) -> list[int]:
+        """Tokens of each prefix from image sizes ``(width, height)`` alone: nothing is decoded or resized."""
+        counted = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+        text = {context: len(self._ids(self.template.prefix(context))) for context in set(contexts)}
+        return [text[context] - 1 + n for context, n in zip(contexts, counted.num_image_tokens, strict=True)]
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Lay prefixes and their branches out as one padded batch.
+
+    Args:
+        prefixes: ``R`` prefixes.
+        branches: for each row its branches, one or more.
+        pad_id: token id of padding.
+
+    Returns:
+        ``input_ids`` ``[R, L]``; ``position_ids`` ``[3, R, L]`` or ``[R, L]``; ``segments`` ``[R, L]`` (0 prefix, k the
+        k-th branch, -1 padding); ``labels`` ``[R, L]`` (`IGNORED` but at answers and ends of turn); ``weights``
+        ``[R, L]``, the loss weight of each label.
+    """
+    lengths = [len(p.ids) + sum(len(b.ids) for b in row) for p, row in zip(prefixes, branches, strict=True)]
+    rows, length = len(lengths), max(lengths)
+    axes = prefixes[0].positions.shape[:-1]
+    ids = torch.full((rows, length), pad_id)
+    positions = torch.zeros((*axes, rows, length), dtype=torch.long)
+    segments = torch.full((rows, length), -1)
+    labels = torch.full((rows, length), IGNORED)
+    weights = torch.zeros((rows, length))
+    for r, (prefix, row) in enumerate(zip(prefixes, branches, strict=True)):
+        at = len(prefix.ids)
+        ids[r, :at], positions[..., r, :at], segments[r, :at] = prefix.ids, prefix.positions, 0
+        for k, branch in enumerate(row, start=1):
+            here, told = slice(at, at + len(branch.ids)), slice(at + branch.asked, at + len(branch.ids))
+            ids[r, here] = torch.tensor(branch.ids)
+            positions[..., r, here] = prefix.end + torch.arange(len(branch.ids))
+            segments[r, here] = k
+            labels[r, told] = ids[r, told]
+            weights[r, told] = branch.weight
+            at = here.stop
+    return {"input_ids": ids, "position_ids": positions, "segments": segments, "labels": labels, "weights": weights}
+
+
+def attention_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Who may attend to whom, from `assemble`'s ``segments`` ``[R, L]``: boolean ``[R, 1, L, L]``, True = may attend.
+
+    A token sees what precedes it in the prefix and in its own branch. Padding sees itself: a row without any allowed
+    key gives NaN in SDPA.
+    """
+    length = segments.shape[1]
+    query, key = segments[:, :, None], segments[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=segments.device)
+    return (causal & ((key == 0) | ((key == query) & (key > 0))) | itself)[:, None]
+
+
+@dataclass
+class Collator:
+    """Makes training batches in worker processes from a plan's rows and the stored image bytes.
+
+    Args:
+        source: the splits by name, their ``image`` columns not decoded (``datasets.Image(decode=False)``).
+        encoder: the run's encoder.
+        task, variant: what is asked, see `chat.tasks_of`.
+    """
+
+    source: object
+    encoder: Encoder
+    task: str = "all"
+    variant: str = "default"
+
+    def __call__(self, plan: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Batch the plan's items ``{split, row, branches}``; see `assemble` for what comes back, with the vision tensors."""
+        rows = [self.source[item["split"]][item["row"]] for item in plan]
+        images = [chat.open_image(row["image"]["bytes"]) for row in rows]
+        prefixes, vision = self.encoder.prefixes(images, [row.get("context") for row in rows])
+        branches = []
+        for item, row in zip(plan, rows, strict=True):
+            tasks = chat.tasks_of(row, self.task, self.variant)
+            branches.append([self.encoder.branch(tasks[k]["prompt"], tasks[k]["answer"]) for k in item["branches"]])
+        return assemble(prefixes, branches, self.encoder.tokenizer.pad_token_id) | vision
+
+
+def _rope_index(model):
+    """The model's own M-RoPE function, freed from its weights so that worker processes can hold it; else ``None``."""
+    if model is None:
+        return None
+    for module in model.modules():
+        if hasattr(type(module), "get_rope_index"):
+            shell = type(module).__new__(type(module))  # the method reads nothing but the configuration
+            shell.__dict__["config"] = module.config
+            return shell.get_rope_index
+    return None

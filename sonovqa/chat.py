@@ -1,0 +1,118 @@
+"""The one place that builds messages. Training, evaluation, inference and the OpenAI client all render here.
+
+Image first, then the question, after one fixed system text: all questions of an image then share a prefix, both in
+training (`sonovqa.batching`) and in vLLM's prefix cache.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import io
+
+from sonovqa.questions import QUESTIONS, REPORT_ID, REPORT_PROMPTS, SYSTEM_TEXT, report_text
+
+_QUESTION, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
+
+
+def prompt_for(question_id: str, question: str, variant: str = "default") -> str:
+    """The text asked for a question: the named prompt variant for Q1 … Q8 and the report, else the question itself.
+
+    Raises:
+        KeyError: if the question has no variant of that name.
+    """
+    if question_id == REPORT_ID:
+        return REPORT_PROMPTS[variant]
+    return QUESTIONS[question_id].prompts[variant] if question_id in QUESTIONS else question
+
+
+def tasks_of(row: dict, task: str = "all", variant: str = "default") -> list[dict]:
+    """What is asked of a row of the data set under ``--task``.
+
+    Args:
+        row: a row of the data set; only ``questions`` is read.
+        task: ``all``, ``report`` or one question id.
+        variant: name of the prompt variant.
+
+    Returns:
+        Dictionaries ``{question_id, prompt, answer}``: one a question, or a single one for the report. A row without
+        an answer to what is asked gives none.
+    """
+    asked = [q for q in row["questions"] if q["answer"]]
+    if task == REPORT_ID:
+        text = report_text({q["question_id"]: q["answer"] for q in asked})
+        return [{"question_id": REPORT_ID, "prompt": prompt_for(REPORT_ID, "", variant), "answer": text}] if text else []
+    return [
+        {"question_id": q["question_id"], "prompt": prompt_for(q["question_id"], q["question"], variant), "answer": q["answer"]}
+        for q in asked
+        if task in ("all", q["question_id"])
+    ]
+
+
+def messages(image, prompt: str, context: str | None = None, answer: str | None = None) -> list[dict]:
+    """Chat messages as Hugging Face processors take them.
+
+    Args:
+        image: a PIL image, path or URL, or ``None`` for a placeholder that a processor fills from ``images=``.
+        prompt: the question's text.
+        context: a line that belongs to the image (such as a pixel size), shared by all its questions.
+        answer: the assistant's turn; without it the messages end at the question.
+    """
+    picture = {"type": "image"} if image is None else {"type": "image", "image": image}
+    text = f"{context}\n{prompt}" if context else prompt
+    turns = [
+        {"role": "system", "content": [{"type": "text", "text": SYSTEM_TEXT}]},
+        {"role": "user", "content": [picture, {"type": "text", "text": text}]},
+    ]
+    if answer is not None:
+        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return turns
+
+
+def openai_messages(image: bytes, prompt: str, context: str | None = None, mime: str = "image/png") -> list[dict]:
+    """The same messages for an OpenAI-compatible endpoint; ``image`` holds an encoded file's bytes, sent as a data URL."""
+    turns = messages(None, prompt, context)
+    turns[0]["content"] = SYSTEM_TEXT  # some servers refuse a list here; templates render both alike
+    url = f"data:{mime};base64,{base64.b64encode(image).decode()}"
+    turns[1]["content"][0] = {"type": "image_url", "image_url": {"url": url}}
+    return turns
+
+
+class Template:
+    """A processor's chat template cut at its seams, so that an image's questions can share their prefix.
+
+    ``prefix(context) + branch(prompt) + answer + end_of_turn`` is what the processor's own template renders for
+    `messages`, up to white space after the end of the turn. `tests/test_chat.py` holds it to that.
+
+    Args:
+        processor: a Hugging Face processor with a chat template.
+
+    Raises:
+        ValueError: if the template reorders or rewrites what it is given, so that no prefix is shared.
+    """
+
+    def __init__(self, processor):
+        self._render = processor.apply_chat_template
+        whole = self._render(messages(None, _QUESTION, answer=_ANSWER), tokenize=False)
+        asked = self._render(messages(None, _QUESTION), tokenize=False, add_generation_prompt=True)
+        if asked.count(_QUESTION) != 1 or whole.count(_ANSWER) != 1 or not whole.startswith(asked):
+            raise ValueError("the chat template does not render question and answer once, in order")
+        self.tail = asked.split(_QUESTION)[1]
+        self.end_of_turn = whole.split(_ANSWER)[1].rstrip()
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019 - a handful of templates live as long as the process
+    def prefix(self, context: str | None = None) -> str:
+        """System text, image placeholder and context: what all questions of one image share."""
+        return self._render(messages(None, _QUESTION, context), tokenize=False, add_generation_prompt=True).split(_QUESTION)[0]
+
+    def branch(self, prompt: str) -> str:
+        """One question from the end of the shared prefix to where the answer begins."""
+        return prompt + self.tail
+
+
+def open_image(data: bytes):
+    """Decode an image file's bytes to RGB, its EXIF rotation applied. Raises what Pillow raises on a broken file."""
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(data)) as image:
+        return ImageOps.exif_transpose(image).convert("RGB")

@@ -1,0 +1,130 @@
+"""Two or more evaluations of the same questions side by side: paired differences, resampled by group."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sonovqa import files, measures, predictions, report_sections
+from sonovqa.cli import UserError
+from sonovqa.metrics import Resamples
+from sonovqa.predictions import Key
+from sonovqa.scoretable import PIPE_WIDTH, arrow
+
+
+def load(path: Path, split: str = "test") -> dict[Key, dict]:
+    """The predictions of an evaluation by key: a folder with predictions.jsonl, or a run with ``eval-<split>/``.
+
+    Raises:
+        UserError: if there are none.
+    """
+    for folder in (path, path / f"eval-{split}"):
+        if (folder / "predictions.jsonl").exists():
+            return predictions.latest(predictions.read(folder / "predictions.jsonl"))
+    raise UserError(f"no predictions in {path} or {path}/eval-{split}; evaluate first: python evaluate.py {path} --data DATA")
+
+
+def same_questions(folder: Path, settings: Mapping) -> bool:
+    """Whether a folder holds an evaluation of the same data, split and prompts, such as the base's of a tuned run."""
+    path = folder / "settings.json"
+    if not path.exists() or not (folder / "predictions.jsonl").exists():
+        return False
+    other = files.read_json(path)
+    return all(other.get(name) == settings[name] for name in ("data", "split", "prompt"))
+
+
+def compare(first: Mapping[Key, dict], second: Mapping[Key, dict], resamples: int = 1000, seed: int = 0) -> dict:
+    """``second - first`` for every question, over what both answered.
+
+    Args:
+        resamples: bootstrap resamples of groups; the same draws serve both sides, so that differences are paired.
+
+    Returns:
+        ``{"shared", "only_first", "only_second", "groups", "questions": {kind: {score: {first, second, difference,
+        interval, n, groups, higher_is_better}}}}``. Failed requests of either side are left out of both.
+
+    Raises:
+        UserError: if they share no question, or were scored against different references.
+    """
+    shared = [key for key in first if key in second]
+    if not shared:
+        raise UserError("nothing to compare: the evaluations share no question; evaluate both on the same data and split")
+    differing = [key for key in shared if first[key]["reference"] != second[key]["reference"]]
+    if differing:
+        image, question = differing[0]
+        raise UserError(f"the references differ, such as {question} of {image}; compare evaluations of the same data set")
+    both = [key for key in shared if first[key]["error"] is None and second[key]["error"] is None]
+    draws = Resamples([first[key]["group"] for key in both], resamples, seed)
+    sides = [defaultdict(list), defaultdict(list)]
+    for side, found in zip(sides, (first, second), strict=True):
+        for row in report_sections.expand(found[key] for key in both):
+            side[measures.kind_of(row)].append(row)
+    kinds = sorted(sides[0], key=measures.order_of)
+    return {
+        "shared": len(shared), "only_first": len(first) - len(shared), "only_second": len(second) - len(shared),
+        "answered_by_both": len(both), "groups": len(draws.codes), "resamples": resamples,
+        "questions": {kind: _differences(kind, sides[0][kind], sides[1][kind], draws) for kind in kinds},
+    }  # fmt: skip
+
+
+def _differences(kind: str, first: Sequence[dict], second: Sequence[dict], draws: Resamples) -> dict:
+    ours, theirs = (measures.measure(kind, rows, [row["prediction"] for row in rows]) for rows in (first, second))
+    groups = [row["group"] for row in first]
+    out = {}
+    for name in dict.fromkeys((measures.headline(kind, ours), *ours)):
+        interval = draws.difference(theirs[name], ours[name], groups)
+        values = ours[name].value, theirs[name].value
+        defined = all(value == value for value in values)
+        out[name] = {
+            "first": values[0] if defined else None, "second": values[1] if defined else None,
+            "difference": values[1] - values[0] if defined else None, "interval": list(interval) if interval else None,
+            "n": int(ours[name].columns.any(axis=1).sum()), "groups": len(set(groups)), "higher_is_better": ours[name].higher,
+        }  # fmt: skip
+    return out
+
+
+def verdict(made: Mapping, first: str, second: str) -> str:
+    """One sentence: on which questions the second is clearly better, clearly worse, or no different."""
+    better, worse, same = [], [], []
+    for kind, scores in made["questions"].items():
+        figure = next(iter(scores.values()))
+        if not figure["interval"] or figure["interval"][0] <= 0 <= figure["interval"][1]:
+            same.append(kind)
+        else:
+            (better if (figure["difference"] > 0) == figure["higher_is_better"] else worse).append(kind)
+    parts = [f"{words} on {', '.join(kinds)}" for words, kinds in (("worse", worse), ("better", better)) if kinds]
+    rest = f"no clear difference on {', '.join(same)}" if same else ""
+    return f"{second} against {first}: {'; '.join([*parts, rest] if rest else parts)}."
+
+
+def show(made: Mapping, first: str, second: str, console: Console) -> None:
+    """Print the verdict and one row a question: its headline score on both sides and the paired difference."""
+    console.print(verdict(made, first, second), style="bold", markup=False, soft_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "score", "first", "second", "difference \\[95 %]", "n/groups"):
+        table.add_column(name, justify="right" if name in ("first", "second", "n/groups") else "left")
+    for kind, scores in made["questions"].items():
+        for name, figure in list(scores.items())[: 1 if "accuracy" in list(scores)[:1] else 2]:
+            if figure["difference"] is None:
+                continue
+            span = f" \\[{figure['interval'][0]:+.2f}, {figure['interval'][1]:+.2f}]" if figure["interval"] else ""
+            table.add_row(kind, f"{name} {arrow(figure)}", f"{figure['first']:.3f}", f"{figure['second']:.3f}",
+                          f"{figure['difference']:+.3f}{span}", f"{figure['n']}/{figure['groups']}")  # fmt: skip
+    wide = console if console.is_terminal else Console(file=console.file, width=PIPE_WIDTH, highlight=False)
+    wide.print(table)
+    left_out = made["shared"] - made["answered_by_both"]
+    console.print(
+        f"{made['answered_by_both']} questions answered by both ({left_out} left out because a request failed, "
+        f"{made['only_first']} and {made['only_second']} asked of one only), resampled by {made['groups']} groups.",
+        style="dim", soft_wrap=True,
+    )  # fmt: skip
+
+
+def write(path: Path, names: Sequence[str], made: Sequence[Mapping]) -> None:
+    """All comparisons with the first as JSON."""
+    files.write_json(path, {"first": names[0], "comparisons": dict(zip(names[1:], made, strict=True))})

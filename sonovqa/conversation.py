@@ -1,0 +1,179 @@
+"""A conversation about one image: what was said, what is asked next, and who answers. No terminal in here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from sonovqa import chat, images
+from sonovqa.cli import UserError
+from sonovqa.engines import Engine
+from sonovqa.questions import QUESTIONS, REPORT_ID
+
+LONGEST_HISTORY = 12  # questions that go along with a free one; older ones are left out so that the context stays bounded
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The image talked about: what it is called, its file's bytes, and the line of context that belongs to it."""
+
+    name: str
+    data: bytes
+    context: str | None = None
+
+
+class Answerer(Protocol):
+    """Streams an answer to questions about a picture; ``name`` is shown. Raises `engines.EngineError`."""
+
+    name: str
+
+    def engine(self) -> Engine: ...
+
+    def stream(self, picture: Picture, turns: list[str], max_new_tokens: int) -> Iterator[str]:
+        """``turns``: question, answer, question, …, ending with the question to answer now."""
+        ...
+
+
+class LocalAnswerer:
+    """Answers with a model in this process, loaded from a run, a model folder, a hub id or ``tiny``."""
+
+    def __init__(self, run: str, bits: int = 16, adapter: bool = False):
+        from sonovqa import models, serving_plan
+
+        name, added = run, None
+        if Path(run).is_dir():
+            weights = serving_plan.find_weights(Path(run), adapter)
+            name, added = weights.model, weights.adapter
+        self.name = run
+        self.model, self.processor = models.load_for_inference(name, bits, added)
+
+    def engine(self):
+        """The same model as an engine for many images."""
+        from sonovqa.generation import LocalEngine
+
+        made = LocalEngine(self.model, self.processor)
+        made.name = self.name
+        return made
+
+    def stream(self, picture: Picture, turns: list[str], max_new_tokens: int) -> Iterator[str]:
+        from sonovqa import generation
+
+        first = chat.messages(chat.open_image(picture.data), turns[0], picture.context)
+        yield from generation.stream(self.model, self.processor, first + followed(turns), max_new_tokens)
+
+
+class EndpointAnswerer:
+    """Answers through an OpenAI-compatible API."""
+
+    def __init__(self, url: str, model: str | None = None):
+        from sonovqa.endpoint import Endpoint
+
+        self.endpoint = Endpoint(url, model)
+        self.endpoint.check()
+        self.name = self.endpoint.name
+
+    def engine(self):
+        """The same endpoint as an engine for many images."""
+        return self.endpoint
+
+    def stream(self, picture: Picture, turns: list[str], max_new_tokens: int) -> Iterator[str]:
+        from sonovqa.endpoint import encoded_as_seen
+
+        image, mime = encoded_as_seen(picture.data)
+        first = chat.openai_messages(image, turns[0], picture.context, mime)
+        yield from self.endpoint.stream(first + followed(turns), max_new_tokens)
+
+
+@dataclass
+class Conversation:
+    """One image and what was said about it.
+
+    Attributes:
+        variant: name of the prompt variant for Q1 … Q8 and the report.
+        max_new_tokens: an answer's limit; a report may have eight times it.
+        history: question, answer, question, answer, …
+    """
+
+    answerer: Answerer
+    variant: str = "default"
+    max_new_tokens: int = 128
+    picture: Picture | None = None
+    history: list[str] = field(default_factory=list)
+
+    def look_at(self, picture: Picture) -> None:
+        """Talk about another image; nothing said about the last one goes along."""
+        self.picture, self.history = picture, []
+
+    def ask(self, question: str) -> Iterator[str]:
+        """Stream the answer to a free question, with the latest history."""
+        yield from self._said(question, [*self.history[-2 * LONGEST_HISTORY :], question])
+
+    def ask_standard(self, question_id: str) -> Iterator[str]:
+        """Stream the answer to ``Q1`` … ``Q8`` or ``report``, asked alone: as in training, and as it was evaluated."""
+        prompt = chat.prompt_for(question_id, "", self.variant)
+        yield from self._said(prompt, [prompt], len(QUESTIONS) if question_id == REPORT_ID else 1)
+
+    def _said(self, question: str, turns: list[str], longer: int = 1) -> Iterator[str]:
+        if self.picture is None:
+            raise UserError("there is no image yet; name one: /image PATH")
+        pieces = []
+        for piece in self.answerer.stream(self.picture, turns, self.max_new_tokens * longer):
+            pieces.append(piece)
+            yield piece
+        self.history += [question, "".join(pieces).strip()]  # an answer that was broken off is not remembered
+
+
+def followed(turns: list[str]) -> list[dict]:
+    """Messages after the first question, in the form that both processors and the API take."""
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": [{"type": "text", "text": text}]} for i, text in enumerate(turns[1:], start=1)]
+
+
+def read_picture(path: Path, context: str | None = None) -> Picture:
+    """Read and check an image file.
+
+    Raises:
+        UserError: in one line, if it is not there or is not an image that a model was or could be trained on.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise UserError(f"no such file; {path}; an image file is needed; check the path")
+    checked = images.check_image(path)
+    if checked.problem:
+        raise UserError(f"cannot use {path}; {checked.problem}")
+    return Picture(str(path), path.read_bytes(), context)
+
+
+def picture_of_set(folder: Path, image_id: str | None = None, split: str = "test") -> Picture:
+    """An image of a prepared set, with its context.
+
+    Args:
+        image_id: ``<folder>/<file>``; ``None`` takes the split's first image.
+
+    Raises:
+        UserError: if ``folder`` is no prepared set or its split holds no such image.
+    """
+    from sonovqa import asking, dataset
+
+    rows = dataset.load_undecoded(folder).get(split, [])
+    if not rows:
+        raise UserError(f"there is no image in the {split} split of {folder}; another set, or --image FILE without --data")
+    ids = rows["image_id"][:]
+    if image_id is not None and image_id not in ids:
+        held = ", ".join(ids[:3])
+        raise UserError(f"no image {image_id!r} in the {split} split of {folder}; it holds {held} …; leave it out for the first")
+    row = 0 if image_id is None else ids.index(image_id)
+    context = rows[row].get("context") if "context" in rows.column_names else None
+    return Picture(ids[row], asking.image_bytes(rows, row), context)
+
+
+def question_id_of(text: str, allow_number: bool = False) -> str | None:
+    """``Q1`` … ``Q8`` or ``report`` if ``text`` says so in any case (``allow_number``: a bare 1 … 8 too), else ``None``."""
+    text = text.strip().upper()
+    if allow_number and text.isdigit():
+        text = f"Q{text}"
+    if text == REPORT_ID.upper():
+        return REPORT_ID
+    return text if text in QUESTIONS else None

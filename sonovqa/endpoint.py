@@ -1,0 +1,289 @@
+"""The engine behind an OpenAI-compatible API: greedy, image first, many requests in flight, failures retried and then named."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import os
+import random
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from sonovqa import chat
+from sonovqa.cli import UserError
+from sonovqa.engines import EngineError, ImageRequest, Reply
+
+#: HTTP statuses worth another try: the server was busy, restarting or behind an overloaded proxy.
+PASSING = frozenset({408, 409, 425, 429})
+#: vLLM answers a race for its tokenizer with HTTP 400; the next try goes through. Source: DESIGN.md, seen at 128 in flight.
+ALREADY_BORROWED = "Already borrowed"
+LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the server asks for
+FINISHED = ("stop", "length")
+
+
+class IncompleteError(Exception):
+    """The server answered with status 200 and no usable answer: empty, cut off, or not a chat completion."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One question on its way: where the answer belongs and what is sent."""
+
+    image_id: str
+    question_id: str
+    messages: list[dict]
+
+
+class Endpoint:
+    """Answers through an OpenAI-compatible API such as the one ``serve.sh`` starts. Call `check` before the first question.
+
+    The key comes from ``VLLM_API_KEY`` or else ``OPENAI_API_KEY`` in the environment, and from nowhere else.
+
+    Args:
+        base_url: ``http://host:port`` or ``…/v1``.
+        model: name of a served model; `check` fills it in where the endpoint serves one only.
+        in_flight: most requests open at a time.
+        timeout: seconds a request may take.
+        retries: further tries after the first.
+        backoff: seconds before the second try; doubled for each try after it, less up to a half at random.
+
+    Raises:
+        UserError: if ``base_url`` is no URL.
+    """
+
+    def __init__(self, base_url: str, model: str | None = None, in_flight: int = 16, timeout: float = 120.0,
+                 retries: int = 5, backoff: float = 0.5):  # fmt: skip
+        url = urlsplit(base_url)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise UserError(f"--endpoint; {base_url!r} is no URL; such as http://127.0.0.1:8000/v1")
+        self.base_url = base_url.rstrip("/") + ("/v1" if url.path in ("", "/") else "")
+        self.model, self.in_flight, self.timeout = model, in_flight, timeout
+        self.retries, self.backoff = retries, backoff
+
+    @property
+    def name(self) -> str:
+        return f"{self.model or 'unknown model'} at {self.base_url}"
+
+    def check(self) -> None:
+        """Ask the endpoint what it serves, and settle on a model.
+
+        Raises:
+            UserError: if it is down, is no OpenAI-compatible API, refuses the key, or does not serve the model.
+        """
+        import openai
+
+        try:
+            with self._client(openai.OpenAI, timeout=min(self.timeout, 15.0)) as client:
+                served = [model.id for model in client.models.list().data]
+        except (openai.AuthenticationError, openai.PermissionDeniedError):
+            told = "the key in VLLM_API_KEY or OPENAI_API_KEY" if _key() else "a request without a key"
+            raise UserError(f"the endpoint refuses {told}; {self.base_url}; set VLLM_API_KEY to the server's key") from None
+        except (openai.APIError, AttributeError, TypeError, ValueError) as fault:
+            way_out = "start one with ./serve.sh outputs/<run>, or mend --endpoint"
+            if isinstance(fault, openai.APIConnectionError):
+                raise UserError(f"no answer from the endpoint; {self.base_url}: {_in_words(fault)}; {way_out}") from None
+            raise UserError(f"not an OpenAI-compatible API; {self.base_url}/models: {_in_words(fault)}; {way_out}") from None
+        if self.model is None and len(served) == 1:
+            self.model = served[0]
+        if self.model not in served:
+            what = "the endpoint serves several models" if self.model is None else f"the endpoint does not serve {self.model!r}"
+            raise UserError(f"{what}; {self.base_url}; served: {', '.join(served) or 'nothing'}; name one with --endpoint-model")
+
+    def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
+        """Yield a `Reply` for every prompt as they come, at most ``in_flight`` open; see `engines.Engine.answer`."""
+        loop = asyncio.new_event_loop()
+        replies = self._answers(requests, max_new_tokens)
+        try:
+            while True:
+                try:
+                    yield loop.run_until_complete(anext(replies))
+                except StopAsyncIteration:
+                    return
+        finally:  # also when the caller stops early: what is open is cancelled
+            loop.run_until_complete(replies.aclose())
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
+
+    def stream(self, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
+        """Greedy answer to a conversation (`chat.openai_messages`, further turns allowed), piece by piece.
+
+        A stream that breaks off is asked for again; what was yielded already is not repeated.
+
+        Raises:
+            EngineError: if there is no answer after all retries, or the retried answer begins differently.
+        """
+        import openai
+
+        shown = ""
+        for attempt in itertools.count(1):
+            text = ""
+            try:
+                for piece in self._stream_once(messages, max_new_tokens):
+                    text += piece
+                    if text.startswith(shown) and text != shown:
+                        new, shown = text[len(shown) :], text
+                        yield new
+                if text == shown:
+                    return
+                raise EngineError("the connection broke and the answer then began differently; ask again")
+            except (openai.APIError, IncompleteError, ValueError) as fault:
+                if attempt > self.retries or not _may_pass(fault):
+                    raise EngineError(_in_words(fault)) from fault
+                time.sleep(self._pause(attempt, fault))
+
+    def _stream_once(self, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
+        import openai
+
+        reason, empty = None, True
+        with self._client(openai.OpenAI) as client:
+            for event in client.chat.completions.create(**self._request(messages, max_new_tokens), stream=True):
+                for choice in event.choices or ():
+                    reason = choice.finish_reason or reason
+                    if piece := choice.delta.content:
+                        empty = empty and not piece.strip()
+                        yield piece
+        _check_finished(reason, empty)
+
+    async def _answers(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> AsyncIterator[Reply]:
+        import openai
+
+        asked = questions_of(requests)
+        open_ = set()
+        async with self._client(openai.AsyncOpenAI) as client:
+            try:
+                while True:
+                    for one in itertools.islice(asked, self.in_flight - len(open_)):
+                        open_.add(asyncio.ensure_future(self._ask(client, one, max_new_tokens)))
+                    if not open_:
+                        return
+                    done, open_ = await asyncio.wait(open_, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        yield task.result()
+            finally:
+                for task in open_:
+                    task.cancel()
+                await asyncio.gather(*open_, return_exceptions=True)
+
+    async def _ask(self, client, asked: Asked | Reply, max_new_tokens: int) -> Reply:
+        """One question, tried up to ``1 + retries`` times."""
+        import openai
+
+        if isinstance(asked, Reply):
+            return asked
+        started = time.perf_counter()
+        for attempt in itertools.count(1):
+            try:
+                completion = await client.chat.completions.create(**self._request(asked.messages, max_new_tokens))
+                text, reason, tokens = _read(completion)
+                return Reply(asked.image_id, asked.question_id, text, None, reason, tokens, time.perf_counter() - started)
+            except (openai.APIError, IncompleteError, ValueError) as fault:  # ValueError: a body that is no JSON
+                if attempt > self.retries or not _may_pass(fault):
+                    tried = f" (tried {attempt} times)" if attempt > 1 else ""
+                    error = _in_words(fault) + tried
+                    return Reply(asked.image_id, asked.question_id, "", error, seconds=time.perf_counter() - started)
+                await asyncio.sleep(self._pause(attempt, fault))
+
+    def _request(self, messages: list[dict], max_new_tokens: int) -> dict:
+        return {"model": self.model or "", "messages": messages, "max_tokens": max_new_tokens, "temperature": 0.0}
+
+    def _client(self, kind, timeout: float | None = None):
+        import openai
+
+        seconds = timeout or self.timeout
+        limits = openai.Timeout(seconds, connect=min(seconds, 10.0))
+        # Retries are counted here. The key is never None: the client would then look for one in places of its own.
+        return kind(base_url=self.base_url, api_key=_key() or "none", max_retries=0, timeout=limits)
+
+    def _pause(self, attempt: int, fault: Exception) -> float:
+        """Seconds before the next try: exponential with jitter, or longer where the server's Retry-After says so."""
+        pause = self.backoff * 2 ** (attempt - 1) * random.uniform(0.5, 1.0)
+        response = getattr(fault, "response", None)
+        told = response.headers.get("retry-after", "") if response is not None else ""
+        return min(max(pause, float(told) if told.isdigit() else 0.0), LONGEST_PAUSE)
+
+
+def questions_of(requests: Iterable[ImageRequest]) -> Iterator[Asked | Reply]:
+    """The questions of each image in turn; an image that cannot be read gives failed replies instead.
+
+    An image's questions may well be open at the same time: vLLM shares blocks that are still being computed (measured with
+    vLLM 0.32: the same prefix-cache hits as with the questions of 16 images dealt in turn).
+    """
+    from PIL import Image
+
+    for request in requests:
+        try:
+            image, mime = encoded_as_seen(request.image)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:  # SyntaxError: Pillow's for broken PNGs
+            for question_id, _ in request.prompts:
+                yield Reply(request.image_id, question_id, "", f"image not readable: {fault}")
+            continue
+        for question_id, prompt in request.prompts:
+            yield Asked(request.image_id, question_id, chat.openai_messages(image, prompt, request.context, mime))
+
+
+def encoded_as_seen(data: bytes) -> tuple[bytes, str]:
+    """An image file for a server: its own bytes where every decoder sees the same pixels, else a PNG of `chat.open_image`.
+
+    Servers paint transparent pixels white where training drops the alpha channel, and some ignore EXIF rotation.
+
+    Returns:
+        ``(bytes, MIME type)``. Raises ``OSError`` or ``ValueError`` if the header of the file cannot be read.
+    """
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        upright = image.getexif().get(0x0112, 1) == 1
+        if image.format in ("PNG", "JPEG") and image.mode in ("L", "RGB") and "transparency" not in image.info and upright:
+            return data, image.get_format_mimetype()
+    stream = io.BytesIO()
+    chat.open_image(data).save(stream, "PNG")
+    return stream.getvalue(), "image/png"
+
+
+def _key() -> str | None:
+    return os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
+
+
+def _read(completion) -> tuple[str, str, int]:
+    """Text, finish reason and token count of a chat completion; raises `IncompleteError` where there is no answer in it."""
+    try:
+        choice = completion.choices[0]
+        text, reason = choice.message.content or "", choice.finish_reason
+        tokens = completion.usage.completion_tokens if completion.usage else 0
+    except (AttributeError, IndexError, TypeError):
+        raise IncompleteError("the endpoint's answer is no chat completion") from None
+    _check_finished(reason, not text.strip())
+    return text.strip(), reason, tokens
+
+
+def _check_finished(reason: str | None, empty: bool) -> None:
+    if reason not in FINISHED:
+        raise IncompleteError(f"the answer was not finished ({reason})" if reason else "the answer was cut off")
+    if empty:
+        raise IncompleteError("the answer is empty")
+
+
+def _may_pass(fault: Exception) -> bool:
+    """Whether the same request may succeed later. Anything that is not an HTTP status (connection, time, cut) may."""
+    status = getattr(fault, "status_code", None)
+    return status is None or status in PASSING or status >= 500 or (status == 400 and ALREADY_BORROWED in str(fault))
+
+
+def _in_words(fault: Exception) -> str:
+    """A fault in one line: the server's own message where it sent one."""
+    import openai
+
+    if isinstance(fault, openai.APITimeoutError):
+        return "no answer in time"
+    if isinstance(fault, openai.APIConnectionError):
+        return f"connection failed ({str(fault.__cause__ or fault).strip() or type(fault.__cause__).__name__})"
+    body = getattr(fault, "body", None)
+    message = body.get("message") if isinstance(body, dict) else None
+    status = getattr(fault, "status_code", None)
+    line = " ".join(str(message or fault).split())[:300]
+    if status is None:
+        return line
+    return f"HTTP {status}: {line if message else fault.response.reason_phrase}"

@@ -1,0 +1,63 @@
+"""What every engine that answers questions takes and gives: a local model and an endpoint look the same from above."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image and everything asked about it, so that an engine can share the work on the image.
+
+    Attributes:
+        image_id: ``<folder>/<file>``, given back with every reply.
+        image: the encoded file's bytes.
+        context: a line that belongs to the image (such as a pixel size), or ``None``.
+        prompts: pairs ``(question_id, prompt)``.
+    """
+
+    image_id: str
+    image: bytes
+    context: str | None
+    prompts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One answer, or the reason why there is none.
+
+    Attributes:
+        text: the answer; empty if the request failed.
+        error: why it failed, or ``None``. A failed request is never an answer and is never scored.
+        finish_reason: ``stop``, ``length`` (cut at ``max_new_tokens``) or ``None``.
+        new_tokens: tokens generated, the end of the turn included where the engine counts it.
+        seconds: from the request's start to its answer, retries included.
+    """
+
+    image_id: str
+    question_id: str
+    text: str
+    error: str | None = None
+    finish_reason: str | None = None
+    new_tokens: int = 0
+    seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """Answers greedily. ``name`` is what tables and records call it."""
+
+    name: str
+
+    def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
+        """Yield one `Reply` for each prompt of each request, in any order, as they come.
+
+        ``requests`` is read as needed, never as a whole: memory does not grow with the data set. A request that fails
+        is a `Reply` with ``error``, never an exception and never text.
+        """
+        ...
+
+
+class EngineError(Exception):
+    """An engine could not answer a conversation's question; the message is one line, fit to be shown."""

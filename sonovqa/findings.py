@@ -1,0 +1,242 @@
+"""What a reader must know before believing a score: one sentence each with its figure, the gravest first."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+
+from sonovqa import measures
+
+#: Shares above which failed, unread, cut or garbled answers are said aloud (issue 5: "above 1 %").
+RARE = 0.01
+#: A class is "hardly ever found" below this recall, if the references hold it at least this often.
+LOW_RECALL, ENOUGH = 0.05, 5
+#: Intervals from fewer groups are too narrow (percentile bootstrap; Cameron, Gelbach & Miller, 2008).
+FEW_GROUPS = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong, or (``serious`` false) that a reader should bear in mind.
+
+    Attributes:
+        kind: what is wrong, one word or two; tests and ``--strict`` go by it.
+        question: the question it is about, or ``None`` for all.
+        figure: the figure in the sentence.
+        text: the sentence.
+    """
+
+    kind: str
+    question: str | None
+    figure: float
+    text: str
+    serious: bool = True
+
+    def json(self) -> dict:
+        return asdict(self)
+
+
+def find(scores: Mapping, rows: Sequence[dict]) -> list[Finding]:
+    """All findings of an evaluation, in the order in which a reader should hear them.
+
+    Args:
+        scores: what `scoring.score` returned.
+        rows: the predictions it was computed from.
+    """
+    questions = scores["questions"]
+    found = [*failures(scores, rows)]
+    for check in (unread, constant, unfound, not_above, cut, unrelated):
+        for kind, about in questions.items():
+            found += check(kind, about)
+    found += garbled(rows)
+    found += cautions(scores)
+    return sorted(found, key=lambda f: not f.serious)
+
+
+def failures(scores: Mapping, rows: Sequence[dict]) -> Iterable[Finding]:
+    """Requests that gave no answer."""
+    asked, failed = scores["overall"]["asked"], scores["overall"]["failed"]
+    if failed:
+        reason, _ = Counter(str(row["error"])[:120] for row in rows if row["error"] is not None).most_common(1)[0]
+        text = f"{failed} of {asked} requests ({failed / asked:.1%}) failed and are not scored; most often: {reason}"
+        yield Finding("failed", None, failed / asked, text, failed / asked > RARE)
+    if not asked - failed:
+        yield Finding("nothing scored", None, 0.0, f"nothing is scored: none of {asked} requests gave an answer")
+
+
+def constant(kind: str, about: Mapping) -> Iterable[Finding]:
+    """Answers that hardly vary between images while the references do."""
+    said, meant = about["answers"]["predicted"], about["answers"]["reference"]
+    if about["n"] < ENOUGH or meant["distinct"] < 2 or said["commonest"] == "unread":  # `unread` says that
+        return
+    told = f"“{_short(said['commonest'])}”"
+    if said["distinct"] == 1:
+        text = f"{kind}: every one of {about['n']} images gets the same answer, {told}; {meant['distinct']} different are right"
+        yield Finding("constant", kind, 1.0, text)
+    elif said["share"] > 0.8 and said["entropy_bits"] < 0.5 * meant["entropy_bits"] and said["share"] - meant["share"] > 0.1:
+        text = (
+            f"{kind}: answers hardly depend on the image: {said['share']:.0%} are {told}; the references' commonest is "
+            f"{meant['share']:.0%} (entropy {said['entropy_bits']:.2f} against {meant['entropy_bits']:.2f} bits)"
+        )
+        yield Finding("constant", kind, said["share"], text)
+
+
+def unfound(kind: str, about: Mapping) -> Iterable[Finding]:
+    """Classes that are hardly ever found."""
+    if len(about["answers"]["recall"]) < 2:
+        return
+    missed = [(label, r["found"], r["n"]) for label, r in about["answers"]["recall"].items()
+              if r["n"] >= ENOUGH and r["found"] < LOW_RECALL * r["n"]]  # fmt: skip
+    if missed:
+        shown = ", ".join(f"“{_short(label)}” {hits} of {n}" for label, hits, n in missed[:3])
+        more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
+        yield Finding("recall near zero", kind, missed[0][1] / missed[0][2], f"{kind}: hardly ever found: {shown}{more}")
+
+
+def not_above(kind: str, about: Mapping) -> Iterable[Finding]:
+    """A score whose paired difference to a baseline may be nothing, or less."""
+    if not about["n"] or about["answers"]["reference"]["distinct"] < 2:
+        return
+    name = about["headline"]
+    figure = about["metrics"][name]
+    beaten_by = []
+    for baseline, words in (("majority", "the majority answer's"), ("blind", "its own blind answer's")):
+        other = figure.get(baseline)
+        if other is None or other["value"] is None or not other["n"]:
+            continue
+        low = other["difference_interval"][0] if other["difference_interval"] else other["difference"]
+        if other["difference"] <= 0 or low <= 0:
+            span = f", difference {other['difference']:+.2f}{_span(other['difference_interval'])}"
+            beaten_by.append((other["difference"], f"{words} {other['value']:.2f}{span}"))
+    if beaten_by and figure["value"] is not None:
+        text = f"{kind}: {name} {figure['value']:.2f} is not above {' nor '.join(t for _, t in beaten_by)} (n={figure['n']})"
+        yield Finding("not above baseline", kind, min(d for d, _ in beaten_by), text)
+
+
+def unread(kind: str, about: Mapping) -> Iterable[Finding]:
+    """Answers and references whose meaning could not be read."""
+    for name, words in (("unread", "answers"), ("references_unread", "references")):
+        share = about[name] / about["n"] if about["n"] else 0
+        if share > RARE:
+            text = f"{kind}: {about[name]} of {about['n']} {words} ({share:.1%}) could not be read; they are never guessed"
+            yield Finding(name.replace("_", " "), kind, share, text)
+
+
+def cut(kind: str, about: Mapping) -> Iterable[Finding]:
+    """Answers that the token limit ended."""
+    share = about["cut"] / about["n"] if about["n"] else 0
+    if share > RARE:
+        text = f"{kind}: {about['cut']} of {about['n']} answers ({share:.1%}) were cut at the token limit; raise --max-new-tokens"
+        yield Finding("cut", kind, share, text)
+
+
+def unrelated(kind: str, about: Mapping) -> Iterable[Finding]:
+    """Answers that tell nothing of the image's category where the references do."""
+    said, meant = about["answers"]["predicted"], about["answers"]["reference"]
+    if about["n"] >= 30 and meant["category_bits"] > 0.2 and said["category_bits"] < 0.1 * meant["category_bits"]:
+        text = (
+            f"{kind}: answers have next to nothing to do with the image's category: {said['category_bits']:.2f} bits of mutual "
+            f"information against the references' {meant['category_bits']:.2f}"
+        )
+        yield Finding("unrelated", kind, said["category_bits"], text)
+
+
+def garbled(rows: Sequence[dict]) -> Iterable[Finding]:
+    """Repetition, non-words, and answers that stop in the middle."""
+    texts = [(row["prediction"], row["reference"] or "") for row in rows if row["error"] is None]
+    for kind, test, words in (
+        ("repetition", lambda t, _: repeats(t), "repeat themselves"),
+        ("non-words", lambda t, _: nonsense(t), "hold strings that are no words"),
+        ("stop short", stops_short, "are no more than the beginning of their reference, as if cut"),
+    ):
+        hits = [text for text, reference in texts if test(text, reference)]
+        if texts and len(hits) > RARE * len(texts):
+            text = f"{len(hits)} of {len(texts)} answers ({len(hits) / len(texts):.1%}) {words}, such as “{_short(hits[0])}”"
+            yield Finding(kind, None, len(hits) / len(texts), text)
+
+
+def repeats(text: str) -> bool:
+    """Whether a text goes round in circles: three words four times over, or a length that packs to a fifth."""
+    words = text.lower().split()
+    runs = Counter(zip(words, words[1:], words[2:]))
+    if runs and max(runs.values()) >= 4:
+        return True
+    data = text.encode()
+    return len(data) >= 200 and len(zlib.compress(data)) * 5 < len(data)
+
+
+def nonsense(text: str) -> bool:
+    """Whether a text holds undecodable characters or strings that no language spells."""
+    if "\ufffd" in text or re.search(r"[\x00-\x08\x0b-\x1f]", text):
+        return True
+    return any(len(w) > 30 or (len(w) > 5 and not re.search(r"[aeiouyAEIOUY]", w)) or re.search(r"(.)\1{3}", w)
+               for w in re.findall(r"[A-Za-z]+", text))  # fmt: skip
+
+
+def stops_short(text: str, reference: str) -> bool:
+    """Whether an answer is a proper beginning of its reference and ends within a word or a list."""
+    text, reference = text.strip().lower(), reference.strip().lower()
+    if not 0 < len(text) < len(reference) or not reference.startswith(text):
+        return False
+    return text.endswith((",", "-")) or (text[-1].isalnum() and reference[len(text)].isalnum())
+
+
+def cautions(scores: Mapping) -> Iterable[Finding]:
+    """Not wrong, but to be borne in mind."""
+    kinds = scores["questions"].items()
+    same = [kind for kind, about in kinds if about["n"] and about["answers"]["reference"]["distinct"] == 1]
+    lone = [
+        kind for kind, about in kinds if kind not in same and about["metrics"].get("sensitivity", {"value": 0})["value"] is None
+    ]
+    if lone:
+        text = f"{', '.join(lone)}: no reference is positive, so sensitivity cannot be measured"
+        yield Finding("no positive", None, len(lone), text, False)
+    if same:
+        text = f"{', '.join(same)}: all references are the same, so a score there says nothing"
+        yield Finding("one reference", None, len(same), text, False)
+    groups = scores["intervals"]["groups"]
+    if 0 < groups < FEW_GROUPS:
+        text = f"only {groups} groups: intervals from fewer than {FEW_GROUPS} are too narrow"
+        yield Finding("few groups", None, groups, text, False)
+    if not scores["blind"]:
+        text = "the model was not asked blind, so nothing here shows that it looked at the images"
+        yield Finding("no blind", None, 0, text, False)
+
+
+def describe(found: Sequence[Finding], scores: Mapping) -> str:
+    """The first line in words: whether the scores can be believed at all."""
+    serious = [f for f in found if f.serious]
+    kinds = list(scores["questions"])
+    beaten = [f.question for f in serious if f.kind == "not above baseline"]
+    beaten.sort(key=measures.order_of)
+    if beaten:
+        return f"Not above its baselines on {len(beaten)} of {len(kinds)} questions: {', '.join(beaten)}."
+    if serious:
+        return f"{len(serious)} thing{'s' if len(serious) > 1 else ''} to know before reading the scores:"
+    blind = " and the blind" if scores["blind"] else ""
+    return f"Above the majority{blind} answer wherever references differ; nothing suspicious found."
+
+
+def digest(found: Sequence[Finding]) -> list[Finding]:
+    """Findings for a small space: of three or more of one kind the first in full, the other questions by name."""
+    kinds = Counter(f.kind for f in found)
+    out: list[Finding] = []
+    for finding in found:
+        others = [f.question for f in found if f.kind == finding.kind and f is not finding]
+        if kinds[finding.kind] < 3 or None in others:
+            out.append(finding)
+        elif not any(f.kind == finding.kind for f in out):
+            out.append(replace(finding, text=f"{finding.text}; likewise {', '.join(map(str, others))}"))
+    return out
+
+
+def _short(text: str | None, most: int = 60) -> str:
+    text = (text or "").replace("\n", " ")
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def _span(interval: Sequence[float] | None) -> str:
+    return f" [{interval[0]:+.2f}, {interval[1]:+.2f}]" if interval else ""

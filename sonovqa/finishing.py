@@ -1,0 +1,88 @@
+"""The end of a run: save what was trained, merge and check it, write run.json last."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from sonovqa import cli, files, merging, models, records
+from sonovqa.cli import console
+from sonovqa.planning import Plan
+
+
+def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, curve: list[dict], outcome, seconds: float) -> dict:
+    """What run.json says: arguments, commit, versions, device, data and model, and the figures of the training.
+
+    Args:
+        args: the parsed command line of train.py.
+        base: folder or hub id of the base weights.
+        loaded: the `models.Loaded` base.
+        trainer, outcome: after ``outcome = trainer.train()``.
+        plan: of the training split. curve: what was logged, by step. seconds: wall time of the training.
+    """
+    runtime = outcome.metrics["train_runtime"]
+    passes = trainer.state.epoch / runtime if runtime else 0.0
+    return {
+        "run": args.run, "finished": records.now(), "arguments": json.loads(json.dumps(vars(args), default=str)) | {"data": str(args.data.resolve())},
+        "base": base, "base_revision": getattr(trainer.model.config, "_commit_hash", None), "backend": loaded.backend,
+        "prompt_variant": "default", "pixels": models.pixel_budget(loaded.processor),
+        "data": files.read_json(args.data / "dataset.json").get("fingerprint"), "check_items": plan.items[: merging.CHECK_ROWS],
+        **records.commit(), "versions": records.versions(), "device": records.device(), "processes": trainer.accelerator.num_processes,
+        "training": {
+            "steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": round(seconds, 1),
+            "answers_per_second": plan.questions * passes, "tokens_per_second": plan.tokens * passes,
+            "peak_memory_bytes": records.peak_memory(), "loss": outcome.training_loss,
+            "best_validation_loss": trainer.state.best_metric,
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), "curve": curve,
+        },
+    }  # fmt: skip
+
+
+def finish(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict, tracking=None) -> None:
+    """Save, free the device, merge and check in a process of its own, write the record, say where everything is.
+
+    Raises:
+        UserError: if the merge check fails; adapter and plan.json are kept, run.json is not written.
+    """
+    save(args, folder, loaded, trainer, run)
+    on_gpu = trainer.args.device.type == "cuda"
+    trainer.model = trainer.model_wrapped = loaded.model = None
+    merging.free()
+    if args.merge:
+        with console.status("merging and checking"):
+            run["merge_check"] = merging.run(folder, run["training"]["peak_memory_bytes"] if on_gpu else None)
+        shutil.rmtree(folder / "weights", ignore_errors=True)
+    path = records.write_run(folder, run)
+    if tracking:
+        tracking.finish(path)
+    say_end(args, folder, run)
+
+
+def save(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict) -> None:
+    """``adapter/`` (with ``--full`` ``weights/``) with its processor, and plan.json: all that `merging` needs."""
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    with files.replacing_folder(folder / ("weights" if args.full else "adapter")) as part:
+        model.save_pretrained(part)
+        loaded.processor.save_pretrained(part)
+        config = part / "adapter_config.json"
+        if config.exists():  # the exact weights it was trained on and is merged onto
+            files.write_json(config, files.read_json(config) | {"base_model_name_or_path": run["base"]})
+    run["live"] = merging.live_answers(model, merging.check_rows(run, loaded.processor, model))
+    files.write_json(folder / "plan.json", run)
+
+
+def say_end(args: argparse.Namespace, folder: Path, run: dict) -> None:
+    """The run in four lines: time and memory, merge check, files, what comes next."""
+    made, check = run["training"], run.get("merge_check")
+    console.print(f"trained {made['steps']} steps in {records.duration(made['seconds'])}: {made['answers_per_second']:.1f} answers/s, "
+                  f"peak {records.gigabytes(made['peak_memory_bytes'])}, validation loss {made['best_validation_loss'] or float('nan'):.4f}")  # fmt: skip
+    if check:
+        console.print(f"merge check passed on {check['rows']} rows: top token agrees at {check['top_agreement']:.2%} of {check['positions']} "
+                      f"answer positions, mean KL {check['mean_kl']:.1e} nats; the {args.bits}-bit model as trained agrees at "
+                      f"{check['drift']['top_agreement']:.2%}")  # fmt: skip
+    name = os.path.relpath(folder)
+    console.print(f"{name}/  {'adapter/ ' if not args.full else ''}{'merged/ ' if check else ''}run.json\n{cli.RESEARCH_NOTICE}")
+    console.print(f"next: python evaluate.py {name} --data {args.data}   then: bash serve.sh {name}")

@@ -1,0 +1,185 @@
+"""Fill a sheet of form (a) with a model's answers to a folder of images, resumably: `inference.py --folder`.
+
+Answers go to ``<out>.answers.jsonl`` as they come; the workbook is written from them at the end. Its rows carry the status
+``answered``, never ``complete``: a model's answers become training data only after a person has read and released them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from sonovqa import chat, cli, files, images, predictions, records
+from sonovqa.cli import UserError
+from sonovqa.engines import Engine, ImageRequest
+from sonovqa.questions import QUESTIONS
+
+HEADER = ("Folder Name", "Image Name", "Status", *(f"{q.id}: {q.title}" for q in QUESTIONS.values()))
+LONGEST_CELL = 32_767  # characters; Excel's limit
+_NOT_IN_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+
+
+@dataclass(frozen=True)
+class Found:
+    """An image file: folder and name as the sheet has them, and what tells a changed file from the one asked about."""
+
+    path: Path
+    folder: str
+    stamp: tuple[int, int]
+
+    @property
+    def image_id(self) -> str:
+        return f"{self.folder}/{self.path.name}"
+
+
+def find_images(folder: Path) -> list[Found]:
+    """All image files below ``folder`` by their suffix, in order of name; symbolic links to folders are not followed.
+
+    Raises:
+        UserError: if ``folder`` is not there or holds no image file.
+    """
+    if not folder.is_dir():
+        raise UserError(f"--folder; no such folder; {folder}; a folder with images; check the path")
+    found = []
+    for here, folders, names in os.walk(folder):
+        folders.sort()
+        inside = Path(here).relative_to(folder).as_posix()
+        for name in sorted(names):
+            path = Path(here) / name
+            if path.suffix.lower() in images.SUFFIXES and not name.startswith("."):
+                status = path.lstat()
+                stamp = (status.st_size, status.st_mtime_ns)
+                found.append(Found(path, folder.resolve().name if inside == "." else inside, stamp))
+    if not found:
+        raise UserError(f"--folder; no image in it; {folder}; files ending in {', '.join(images.SUFFIXES)}; check the path")
+    return found
+
+
+def fill(
+    folder: Path, out: Path, engine: Engine, variant: str, max_new_tokens: int, context: str | None = None
+) -> dict[str, int]:
+    """Ask the eight questions about every image below ``folder`` and write ``out``; what is answered already is not asked again.
+
+    Args:
+        out: the workbook; ``<out>.answers.jsonl`` beside it keeps the answers.
+        variant: name of the prompt variant.
+        context: a line that belongs to every image, such as a pixel size.
+
+    Returns:
+        Numbers of ``images``, ``answered`` ones, ``failed`` ones, and ``asked``, the questions put in this call.
+
+    Raises:
+        UserError: if ``out`` cannot be written to without losing something.
+    """
+    found = find_images(folder)
+    settings = {"engine": engine.name, "prompt": variant, "max_new_tokens": max_new_tokens, "context": context}
+    journal = out.with_name(out.name + ".answers.jsonl")
+    rows = check_out(out, journal, settings)
+    problems: dict[str, str] = {}
+    stamps = {image.image_id: list(image.stamp) for image in found}
+    kept = predictions.latest(row for row in rows if "image_id" in row and stamps.get(row["image_id"]) == row["file"])
+    asked = 0
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with predictions.Log(journal) as log, Progress(*columns, console=cli.stderr, transient=True) as bar:
+        if not rows:
+            log.append({"settings": settings})
+        done = {key for key, row in kept.items() if row["error"] is None}
+        task = bar.add_task("answers", total=len(found) * len(QUESTIONS), completed=len(done))
+        for reply in engine.answer(requests(found, done, variant, context, problems), max_new_tokens):
+            row = {"image_id": reply.image_id, "file": stamps[reply.image_id], "question_id": reply.question_id}
+            row |= {"prediction": reply.text, "error": reply.error}
+            log.append(row)
+            kept[reply.image_id, reply.question_id] = row
+            asked += 1
+            bar.advance(task)
+        table = [row_of(image, kept, problems) for image in found]
+        write_workbook(out, table, settings)
+        log.append({"wrote": files.sha256(out.read_bytes())})
+    answered = sum(row[2] == "answered" for row in table)
+    return {"images": len(found), "answered": answered, "failed": len(found) - answered, "asked": asked}
+
+
+def check_out(out: Path, journal: Path, settings: dict) -> list[dict]:
+    """The journal's rows, if going on with them loses nothing.
+
+    Raises:
+        UserError: if ``out`` is no ``.xlsx``, was not written by this, was changed since, or was made with other settings.
+    """
+    if out.suffix.lower() != ".xlsx":
+        raise UserError(f"--out; {out}; a name ending in .xlsx; such as --out {out.with_suffix('.xlsx')}")
+    rows = predictions.read(journal)
+    before = next((row["settings"] for row in rows if "settings" in row), None)
+    if before not in (None, settings):
+        changed = ", ".join(f"{k} was {before.get(k)!r}" for k in settings if before.get(k) != settings[k])
+        raise UserError(f"{out} holds answers made otherwise: {changed}; take another --out, or delete {journal}")
+    wrote = [row["wrote"] for row in rows if "wrote" in row]
+    if out.exists() and (not wrote or files.sha256(out.read_bytes()) != wrote[-1]):
+        raise UserError(f"{out} was edited or was not made here, and would be overwritten; take another --out, or move it away")
+    return rows
+
+
+def requests(
+    found: list[Found], done: set, variant: str, context: str | None, problems: dict[str, str]
+) -> Iterator[ImageRequest]:
+    """What is still to be asked; images that cannot be used go to ``problems`` (image id -> reason) instead."""
+    for image in found:
+        open_ = [q for q in QUESTIONS.values() if (image.image_id, q.id) not in done]
+        if not open_:
+            continue
+        checked = images.check_image(image.path)
+        if checked.problem:
+            problems[image.image_id] = checked.problem
+            continue
+        prompts = tuple((q.id, chat.prompt_for(q.id, "", variant)) for q in open_)
+        yield ImageRequest(image.image_id, image.path.read_bytes(), context, prompts)
+
+
+def row_of(image: Found, kept: dict, problems: dict[str, str]) -> list[str]:
+    """One row of the sheet: every answer there is, and ``answered`` or the reason why some are missing."""
+    answers, reasons = [], []
+    for question_id in QUESTIONS:
+        row = kept.get((image.image_id, question_id))
+        answers.append(row["prediction"] if row and row["error"] is None else "")
+        if row and row["error"] is not None:
+            reasons.append(f"{question_id}: {row['error']}")
+    if problem := problems.get(image.image_id):
+        reasons = [problem]
+    missing = answers.count("")
+    status = "answered" if not missing else f"failed: {'; '.join(reasons) or f'no answer to {missing} questions'}"
+    return [image.folder, image.path.name, status, *answers]
+
+
+def write_workbook(out: Path, table: list[list[str]], settings: dict) -> None:
+    """Write the sheet, and beside it a worksheet that says who answered, when, and that it is for research only."""
+    from openpyxl import Workbook
+    from openpyxl.styles import Font
+
+    book = Workbook()
+    sheet, about = book.active, book.create_sheet("About")
+    sheet.title = "Answers"
+    for row in (list(HEADER), *table):
+        add_row(sheet, row)
+    sheet.freeze_panes = "D2"
+    for cell in sheet[1]:
+        cell.font = Font(bold=True)
+    for column, width in zip("ABCDEFGHIJK", (22, 26, 14, *[34] * len(QUESTIONS)), strict=True):
+        sheet.column_dimensions[column].width = width
+    told = {**settings, "written": records.now(), "notice": cli.RESEARCH_NOTICE}
+    told["status"] = "Rows are read back as annotations only after a person has set their status to complete."
+    for name, value in told.items():
+        add_row(about, [name, "" if value is None else str(value)])
+    with files.replacing(out) as part:
+        book.save(part)
+
+
+def add_row(sheet, values: list[str]) -> None:
+    """Append text cells; never a formula, whatever a model or a file name begins with."""
+    sheet.append([_NOT_IN_XML.sub("\ufffd", value)[:LONGEST_CELL] for value in values])
+    for cell in sheet[sheet.max_row]:
+        if cell.data_type == "f":
+            cell.data_type = "s"

@@ -1,0 +1,166 @@
+"""The local engine: greedy answers from a model in this process, each image encoded once for all of its questions.
+
+The prefix (system text, image, context) runs once; its KV cache is then repeated for every question, and the branches
+are decoded together. Left padding stands before the prefix and between prefix and question; neither is ever attended to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from sonovqa import chat
+from sonovqa.batching import Branch, Encoder, Prefix
+from sonovqa.engines import ImageRequest, Reply
+
+
+class LocalEngine:
+    """Answers `ImageRequest`s with a loaded model.
+
+    Args:
+        model, processor: as `models.load_for_inference` gives them.
+        batch_images: images decoded together; each brings all of its questions.
+        share: encode an image once for all its questions; off, every question is a prompt of its own.
+    """
+
+    name = "local"
+
+    def __init__(self, model, processor, batch_images: int = 8, share: bool = True):
+        self.model, self.encoder = model, Encoder(processor, model)
+        self.batch_images, self.share = batch_images, share
+        self.stop = _stop_ids(model, processor)
+
+    def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
+        """Greedy answers, image by image in the order asked; an image that cannot be decoded gives failed replies."""
+        requests = iter(requests)
+        while batch := list(itertools.islice(requests, self.batch_images)):
+            yield from self._answer_batch(batch, max_new_tokens)
+
+    def _answer_batch(self, batch: list[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
+        started = time.perf_counter()
+        asked, images = [], []
+        for request in batch:
+            try:
+                images.append(chat.open_image(request.image))
+                asked.append(request)
+            except (OSError, ValueError) as fault:
+                for question_id, _ in request.prompts:
+                    yield Reply(request.image_id, question_id, "", f"image not readable: {fault}", None, 0, 0.0)
+        if not asked:
+            return
+        if not self.share:
+            images = [image for image, request in zip(images, asked, strict=True) for _ in request.prompts]
+            asked = [
+                ImageRequest(r.image_id, r.image, r.context, (prompt,)) for r in asked for prompt in r.prompts
+            ]
+        prefixes, vision = self.encoder.prefixes(images, [request.context for request in asked])
+        branches = [[self.encoder.branch(prompt) for _, prompt in request.prompts] for request in asked]
+        tokens = greedy(self.model, prefixes, vision, branches, max_new_tokens, self.stop, self.encoder.tokenizer.pad_token_id)
+        each = (time.perf_counter() - started) / len(tokens)
+        pairs = [(request.image_id, question_id) for request in asked for question_id, _ in request.prompts]
+        for (image_id, question_id), ids in zip(pairs, tokens, strict=True):
+            ended = bool(ids) and ids[-1] in self.stop
+            text = self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            yield Reply(image_id, question_id, text, None, "stop" if ended else "length", len(ids), each)
+
+
+@torch.inference_mode()
+def greedy(
+    model, prefixes: list[Prefix], vision: dict, branches: list[list[Branch]], max_new_tokens: int, stop: set[int], pad_id: int
+) -> list[list[int]]:
+    """Decode all branches of all prefixes greedily.
+
+    Args:
+        model: a causal vision-language model that takes a KV cache and explicit positions.
+        prefixes, vision: as `Encoder.prefixes` gives them for ``N`` images.
+        branches: for each prefix its questions; ``K`` in all.
+        max_new_tokens: most tokens an answer may have, its end of turn included.
+        stop: token ids that end an answer.
+        pad_id: id put where nothing is attended to.
+
+    Returns:
+        ``K`` lists of token ids, the stop token included where one came.
+    """
+    device = model.device
+    ids, mask, positions = _left_padded([(p.ids, p.positions) for p in prefixes], pad_id)
+    vision = {key: value.to(device) for key, value in vision.items()}
+    first = model(
+        input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True,
+        logits_to_keep=1, **vision,
+    )  # fmt: skip
+    counts = torch.tensor([len(row) for row in branches])
+    owner = torch.repeat_interleave(torch.arange(len(prefixes)), counts)
+    cache = first.past_key_values
+    cache.reorder_cache(owner.to(device))  # each image's cache, once for each of its questions
+    flat = [branch for row in branches for branch in row]
+    starts = [prefixes[i].end for i in owner.tolist()]
+    axes = prefixes[0].positions.shape[:-1]
+    told = [(torch.tensor(b.ids), (s + torch.arange(len(b.ids))).expand(*axes, -1)) for b, s in zip(flat, starts, strict=True)]
+    ids, branch_mask, positions = _left_padded(told, pad_id)
+    mask = torch.cat([mask[owner], branch_mask], dim=1).to(device)
+    ids, positions = ids.to(device), positions.to(device)
+    done = torch.zeros(len(flat), dtype=torch.bool, device=device)
+    stops = torch.tensor(sorted(stop), device=device)
+    answers = []
+    for _ in range(max_new_tokens):
+        out = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        ids = out.logits[:, -1].argmax(dim=-1, keepdim=True).masked_fill(done[:, None], pad_id)
+        answers.append(torch.where(done, -1, ids[:, 0]))
+        done = done | torch.isin(ids[:, 0], stops)
+        if done.all():
+            break
+        positions = positions[..., -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(flat), 1)], dim=1)
+    made = torch.stack(answers, dim=1).tolist()
+    return [[token for token in row if token >= 0] for row in made]
+
+
+def stream(model, processor, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
+    """Greedy answer to a whole conversation (`chat.messages`, further turns allowed), yielded piece by piece as text."""
+    import threading
+
+    from transformers import TextIteratorStreamer
+
+    inputs = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    ).to(model.device)
+    pieces = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    faults: list[BaseException] = []
+
+    def run():
+        try:
+            model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=pieces)
+        except BaseException as fault:  # handed to the reader below: a thread's fault is printed nowhere else
+            faults.append(fault)
+            pieces.end()
+
+    worker = threading.Thread(target=run, daemon=True)
+    worker.start()
+    yield from (piece for piece in pieces if piece)
+    worker.join()
+    if faults:
+        raise faults[0]
+
+
+def _left_padded(rows: list[tuple[torch.Tensor, torch.Tensor]], pad_id: int):
+    """Stack ``(ids [n], positions [..., n])`` to ``[R, L]``, ``[R, L]`` mask and ``[..., R, L]``, padded on the left."""
+    length = max(len(ids) for ids, _ in rows)
+    axes = rows[0][1].shape[:-1]
+    ids = torch.full((len(rows), length), pad_id)
+    mask = torch.zeros((len(rows), length), dtype=torch.long)
+    positions = torch.zeros((*axes, len(rows), length), dtype=torch.long)
+    for r, (row, at) in enumerate(rows):
+        ids[r, length - len(row) :], mask[r, length - len(row) :], positions[..., r, length - len(row) :] = row, 1, at
+    return ids, mask, positions
+
+
+def _stop_ids(model, processor) -> set[int]:
+    told = model.generation_config.eos_token_id
+    ids = set(told if isinstance(told, list) else [told]) - {None}
+    end = processor.tokenizer.convert_tokens_to_ids(chat.Template(processor).end_of_turn)
+    return ids | ({end} if isinstance(end, int) else set())

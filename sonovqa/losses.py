@@ -1,0 +1,61 @@
+"""The training loss over a batch of `sonovqa.batching`: logits only where there is a label."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from sonovqa.batching import IGNORED, attention_mask
+
+_NOT_FOR_MODEL = ("labels", "weights", "segments")
+
+
+def predicting(labels: torch.Tensor) -> torch.Tensor:
+    """Boolean ``[R, L]``: the positions whose next token carries a label. A label never stands first in its branch."""
+    at = torch.zeros_like(labels, dtype=torch.bool)
+    at[:, :-1] = labels[:, 1:] != IGNORED
+    return at
+
+
+@contextlib.contextmanager
+def logits_at(model: torch.nn.Module, at: torch.Tensor) -> Iterator[None]:
+    """Inside, the model's LM head sees the hidden states at ``at`` ``[R, L]`` only, and its logits are ``[N, vocabulary]``.
+
+    So memory grows with the answers' tokens, not with vocabulary times sequence. A hook on the head works through PEFT,
+    DistributedDataParallel and patched forwards alike, since all of them end in the same module.
+    """
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: (args[0][at.to(args[0].device)], *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrapped: torch.nn.Module | None = None):
+    """Run the model on a batch of `sonovqa.batching`.
+
+    Args:
+        model: the model (or PEFT model) whose head is hooked.
+        batch: as `sonovqa.batching.assemble` gives it, with vision tensors, on the model's device.
+        wrapped: what to call instead of ``model``, such as its DistributedDataParallel wrapper.
+
+    Returns:
+        Logits ``[N, vocabulary]``, their targets ``[N]`` and weights ``[N]``, in row-major order of the labels.
+    """
+    at = predicting(batch["labels"])
+    inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_MODEL}
+    inputs["attention_mask"] = attention_mask(batch["segments"])
+    with logits_at(model, at):
+        logits = (wrapped or model)(**inputs, use_cache=False).logits
+    after = torch.roll(at, 1, dims=1)
+    return logits, batch["labels"][after], batch["weights"][after]
+
+
+def weighted_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Sum over tokens of weight times negative log-likelihood, in fp32 or better; divide by the sum of weights for a mean."""
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    return (F.cross_entropy(precise, targets, reduction="none") * weights).sum()

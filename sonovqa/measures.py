@@ -1,0 +1,231 @@
+"""What is measured of each question: its answers read to meanings (`answers`), and the scores of those meanings."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sonovqa import answers, metrics, overlap
+from sonovqa.metrics import Score, mean
+from sonovqa.questions import QUESTIONS, REPORT_ID
+
+Meaning = answers.Meaning
+#: From the references' meanings and the answers', ``None`` where unread, to scores by name.
+Measure = Callable[[Sequence[Meaning | None], Sequence[Meaning | None]], dict[str, Score]]
+NEAR = 0.10  # a measured value within 10 % of the reference's counts as right in `within 10 %`
+TOLERANCE = 0.05  # two numbers in free answers mean the same within 5 %
+_WEEK_BINS = ("under 8", *answers.CANONICAL["Q5"])
+
+
+def kind_of(row: dict) -> str:
+    """What a row is tabled under: Q1 … Q8, ``report``, else its answer type (``closed``, ``open``)."""
+    question_id = row["question_id"]
+    if question_id in QUESTIONS or question_id == REPORT_ID:
+        return question_id
+    return row["answer_type"] or "open"
+
+
+def order_of(kind: str) -> tuple[int, str]:
+    """Sort key: Q1 … Q8, then closed, open and the report, then whatever else there is."""
+    known = [*QUESTIONS, "closed", "open", REPORT_ID]
+    return (known.index(kind) if kind in known else len(known), kind)
+
+
+@functools.cache
+def read(question_id: str, text: str, question: str = "") -> Meaning | None:
+    """`answers.read`, each distinct text once."""
+    return answers.read(question_id, text, question or None)
+
+
+def meaning(row: dict, text: str) -> Meaning | None:
+    """The meaning of ``text`` as an answer to the row's question; ``None`` if it cannot be read."""
+    return read(row["question_id"], text, row.get("question") or "")
+
+
+def key_of(row: dict, text: str) -> str:
+    """A name for what ``text`` says, the same for equal meanings: Q5's bin, else the meaning's key; ``unread`` if unread."""
+    found = meaning(row, text)
+    if found is None:
+        return "unread"
+    return next(iter(found.labels)) if row["question_id"] == "Q5" else found.key
+
+
+@functools.cache
+def _same(question_id: str, question: str, reference: str, text: str) -> bool:
+    if not text.strip():
+        return False
+    expected, found = read(question_id, reference, question), read(question_id, text, question)
+    if expected is None or found is None:  # no meaning to compare, so the wording has to do
+        return answers.normalise(question_id, text) == answers.normalise(question_id, reference)
+    if question_id == "Q5" or (question_id == "Q4" and not expected.values):
+        return expected.labels == found.labels
+    return expected.key == found.key or (
+        (question_id == "Q4" or question_id not in QUESTIONS) and _numbers_agree(expected, found)
+    )
+
+
+def right(row: dict, text: str) -> bool:
+    """Whether ``text`` says what the row's reference says: the same meaning, or where either is unread the same wording.
+
+    Of Q5 the bin of weeks counts; values of Q4, where the reference has any, and numbers of free answers may differ by
+    `TOLERANCE`.
+    """
+    return _same(row["question_id"], row.get("question") or "", row["reference"], text)
+
+
+def _numbers_agree(expected: Meaning, found: Meaning) -> bool:
+    """Whether two answers differ in nothing but numbers that are near each other."""
+    if not expected.values or [v.unit for v in expected.values] != [v.unit for v in found.values]:
+        return False
+    keys = []
+    for one in (expected, found):
+        key = one.key
+        for value in one.values:
+            key = key.replace(str(value), "#")
+        keys.append(key)
+    near = (abs(a.value - b.value) <= TOLERANCE * abs(a.value) for a, b in zip(expected.values, found.values, strict=True))
+    return keys[0] == keys[1] and all(near)
+
+
+def measure(kind: str, rows: Sequence[dict], texts: Sequence[str]) -> dict[str, Score]:
+    """All scores of one kind of question.
+
+    Args:
+        rows: the questions, each with its ``reference``.
+        texts: the answer to each, the model's own or a baseline's.
+
+    Returns:
+        Scores by name. A row whose reference cannot be read takes part in ``accuracy`` and the wording scores only.
+    """
+    references = [row["reference"] for row in rows]
+    scores = {"accuracy": mean([right(row, text) for row, text in zip(rows, texts, strict=True)])}
+    if kind in _OWN:
+        expected = [meaning(row, row["reference"]) for row in rows]
+        scores |= _OWN[kind](expected, [meaning(row, text) for row, text in zip(rows, texts, strict=True)])
+    scores["exact match"] = mean([text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)])
+    return scores | overlap.wording(references, list(texts))
+
+
+def headline(kind: str, scores: dict) -> str:
+    """The score a question is judged by: F1 for sets, balanced accuracy for yes/no, `within 10 %` for values, else accuracy."""
+    if kind == "Q4" and "within 10 %" in scores:
+        return "within 10 %"
+    return {"Q1": "F1", "Q4": "F1", "Q8": "F1", "Q7": "balanced accuracy"}.get(kind, "accuracy")
+
+
+def _sets(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
+    """Precision, recall, F1 and F2 of Q1's structures, Q4's parameters or Q8's actions, averaged over images."""
+    known = np.array([e is not None for e in expected], bool)
+    scores = metrics.sets([e.labels if e else frozenset() for e in expected], [f.labels if f else None for f in found])
+    return {name: _only(score, known) for name, score in scores.items()}
+
+
+def _only(score: Score, rows: np.ndarray) -> Score:
+    """The same score with all other rows left out of its sums."""
+    return Score(score.columns * rows[:, None], score.of_sums, score.higher, score.bounds)
+
+
+def _orientation(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
+    """Q2: each component, over the images whose reference names it."""
+    return {name: _part(name, expected, found) for name in answers.COMPONENTS}
+
+
+def _part(name: str, expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> Score:
+    wanted = [dict(e.parts).get(name) if e else None for e in expected]
+    said = [dict(f.parts).get(name) if f else None for f in found]
+    return mean([math.nan if w is None else float(w == s) for w, s in zip(wanted, said, strict=True)])
+
+
+def _plane(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
+    """Q3: the plane's family (axial, sagittal …), over the images whose reference has one."""
+    return {"family": _part("family", expected, found)}
+
+
+def _measurements(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
+    """Q4: the set of parameters; where references hold values, the errors of those that were given, and how many were near.
+
+    ``within 10 %`` counts a value that was not given as wrong; the errors are means over images whose answer gives one.
+    """
+    scores = _sets(expected, found)
+    errors = [_errors(e, f) for e, f in zip(expected, found, strict=True)]
+    if not any(wanted for wanted, _ in errors):
+        return scores
+    absolute = [np.mean([a for a, _ in given]) if given else math.nan for _, given in errors]
+    relative = [np.mean([r for _, r in given]) if given else math.nan for _, given in errors]
+    near = [sum(r <= NEAR for _, r in given) / wanted if wanted else math.nan for wanted, given in errors]
+    given = [len(given) / wanted if wanted else math.nan for wanted, given in errors]
+    return scores | {
+        "within 10 %": mean(near),
+        "values given": mean(given),
+        "MAE (mm)": mean(absolute, higher=False, bounds=None),
+        "relative error": mean(relative, higher=False, bounds=None),
+    }
+
+
+def _errors(expected: Meaning | None, found: Meaning | None) -> tuple[int, list[tuple[float, float]]]:
+    """How many lengths the reference holds, and (absolute in mm, relative) error of those the answer gives too."""
+    wanted = {v.name: v.value for v in expected.values if v.unit == "mm" and v.value} if expected else {}
+    said = {v.name: v.value for v in found.values if v.unit == "mm"} if found else {}
+    return len(wanted), [(abs(said[n] - w), abs(said[n] - w) / w) for n, w in wanted.items() if n in said]
+
+
+def _weeks(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
+    """Q5: within one bin, and the mean absolute error of the intervals' middles in weeks, over the answers that give one."""
+    within, errors = [], []
+    for e, f in zip(expected, found, strict=True):
+        if e is None or e.weeks is None:
+            within.append(math.nan)
+            errors.append(math.nan)
+            continue
+        given = f is not None and f.weeks is not None
+        within.append(float(given and abs(_bin(e) - _bin(f)) <= 1))
+        errors.append(abs(sum(e.weeks) - sum(f.weeks)) / 2 if given else math.nan)
+    return {"within one": mean(within), "MAE (weeks)": mean(errors, higher=False, bounds=None)}
+
+
+def _bin(one: Meaning) -> int:
+    return _WEEK_BINS.index(next(iter(one.labels)))
+
+
+def _quality(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
+    """Q6: within one level of good, medium, low."""
+    levels = answers.CANONICAL["Q6"]
+
+    def level(one: Meaning) -> int:
+        return levels.index(next(iter(one.labels)))
+
+    pairs = zip(expected, found, strict=True)
+    near = [math.nan if e is None else float(f is not None and abs(level(e) - level(f)) <= 1) for e, f in pairs]
+    return {"within one": mean(near)}
+
+
+def _two_classes(positive: str, negative: str) -> Measure:
+    """Sensitivity and the rest for one class against another, over images whose reference is one of the two."""
+    classes = {positive: True, negative: False}
+
+    def scores(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
+        truth = [classes.get(e.key) if e else None for e in expected]
+        rows = np.array([t is not None for t in truth], bool)
+        if not rows.any():
+            return {}
+        made = metrics.binary([t is True for t in truth], [classes.get(f.key) if f else None for f in found])
+        return {name: _only(score, rows) for name, score in made.items()}
+
+    return scores
+
+
+#: The scores that a kind of question has beside accuracy and wording.
+_OWN: dict[str, Measure] = {
+    "Q1": _sets,
+    "Q2": _orientation,
+    "Q3": _plane,
+    "Q4": _measurements,
+    "Q5": _weeks,
+    "Q6": _quality,
+    "Q7": _two_classes("abnormal", "normal"),
+    "Q8": _sets,
+    "closed": _two_classes("yes", "no"),
+}

@@ -1,0 +1,320 @@
+"""Find, load and adapt a model: Unsloth's `FastVisionModel` where CUDA and the model allow, transformers + PEFT elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+from sonovqa import torchvision_ops
+from sonovqa.cli import UserError
+
+torchvision_ops.declare()  # before anything below imports transformers' image processors
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+
+
+@dataclass(frozen=True)
+class Adapting:
+    """What is trained: LoRA's size and Unsloth's four toggles, or all weights.
+
+    Source: LoRA, arXiv:2106.09685; the toggles are those of Unsloth's ``FastVisionModel.get_peft_model``.
+    """
+
+    rank: int = 16
+    alpha: int = 16
+    dropout: float = 0.0
+    vision: bool = True
+    language: bool = True
+    attention: bool = True
+    mlp: bool = True
+    full: bool = False
+    seed: int = 42
+
+
+@dataclass
+class Loaded:
+    """A model ready for use, its processor, and how it was loaded (``unsloth`` or ``transformers``, and why)."""
+
+    model: object
+    processor: object
+    backend: str
+    why: str
+
+
+def locate(name: str) -> str:
+    """The folder or hub id behind ``--model``: `tiny` is built at its first use, a local folder is checked, else a hub id.
+
+    Raises:
+        UserError: if a local folder lacks what a model needs or holds pickled weights only.
+    """
+    if name == "tiny" or name.startswith("tiny-"):
+        from sonovqa import tiny
+
+        return str(tiny.ensure(name.partition("-")[2] or "base"))
+    path = Path(name)
+    if path.is_dir():
+        check_folder(path)
+    elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"no model folder at {name}; a local folder, a hub id such as Qwen/Qwen3-VL-8B-Instruct, or tiny is allowed")
+    return name
+
+
+def check_folder(path: Path) -> None:
+    """Raise `UserError` unless ``path`` holds a configuration, safetensors weights and processor files.
+
+    Pickled weights are refused: loading them runs whatever code they hold.
+    """
+    if not (path / "config.json").exists():
+        inside = " (a run: use its merged/ folder)" if (path / "merged").is_dir() else ""
+        raise UserError(f"{path} has no config.json, so it is no model folder{inside}; name a Hugging Face model folder, a hub id or tiny")
+    if not any((path / name).exists() for name in WEIGHTS):
+        found = [name for name in PICKLES if (path / name).exists()]
+        if found:
+            raise UserError(f"{path / found[0]} holds pickled weights, which run code when loaded; safetensors are allowed; convert them first")
+        raise UserError(f"{path} holds no weights; {WEIGHTS[0]} is needed; download or merge the model again")
+    if not any((path / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+        raise UserError(f"{path} lacks processor files (processor_config.json); save the full processor beside the weights")
+
+
+def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, None)):
+    """The processor of a model, its pixel budget set.
+
+    Args:
+        name: a local folder or hub id.
+        pixels: fewest and most pixels an image is resized to; ``None`` keeps the model's own.
+    """
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(name)
+    processor.tokenizer.padding_side = "right"
+    set_pixels(processor, *pixels)
+    return processor
+
+
+def set_pixels(processor, fewest: int | None, most: int | None) -> None:
+    """Write a pixel budget into a Qwen-VL processor; it is saved with the processor and read back by everything after it.
+
+    Raises:
+        UserError: if the processor has no pixel budget (its family resizes to a fixed size) but one was asked for.
+    """
+    if fewest is None and most is None:
+        return
+    size = getattr(processor.image_processor, "size", None)
+    if size is None or "longest_edge" not in size:
+        raise UserError("--min-pixels/--max-pixels; this model's processor resizes every image to one size; leave the two flags out")
+    fewest = size["shortest_edge"] if fewest is None else fewest
+    most = size["longest_edge"] if most is None else most
+    if fewest > most:
+        fewest = most
+    processor.image_processor.size = {"shortest_edge": fewest, "longest_edge": most}
+
+
+def pixel_budget(processor) -> tuple[int, int] | None:
+    """``(fewest, most)`` pixels an image is resized to, or ``None`` for a family with a fixed image size."""
+    size = getattr(processor.image_processor, "size", None) or {}
+    return (size["shortest_edge"], size["longest_edge"]) if "longest_edge" in size else None
+
+
+def choose_backend(asked: str = "auto") -> tuple[str, str]:
+    """``(backend, reason)``: Unsloth needs a CUDA device and its package; everything else is transformers.
+
+    Raises:
+        UserError: if ``unsloth`` was asked for and cannot be had.
+    """
+    import torch
+
+    missing = []
+    if not torch.cuda.is_available():
+        missing.append("no CUDA device")
+    if importlib.util.find_spec("unsloth") is None:
+        missing.append("unsloth is not installed")
+    if asked == "unsloth" and missing:
+        raise UserError(f"--backend unsloth; {' and '.join(missing)}; use --backend auto, or pip install -r requirements.txt on a GPU box")
+    if asked == "transformers" or missing:
+        return "transformers", "asked for" if asked == "transformers" else ", ".join(missing)
+    return "unsloth", "asked for" if asked == "unsloth" else "CUDA device and package found"
+
+
+def compute_dtype():
+    """bf16 where the device computes in it, fp16 on older GPUs (a T4 has no bf16), fp32 on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def load_for_training(name: str, bits: int, pixels=(None, None), backend: str = "auto", checkpointing: bool = True) -> Loaded:
+    """Load a base model for fine-tuning.
+
+    Args:
+        name: a local folder or hub id (see `locate`).
+        bits: 4 (NF4), 8 or 16; on a CPU 16 means the fp32 copy of 16-bit weights.
+        pixels: the pixel budget, see `load_processor`.
+        backend: ``auto``, ``unsloth`` or ``transformers``.
+        checkpointing: recompute activations in the backward pass (saves memory, costs a third of the time).
+
+    Raises:
+        UserError: if the backend cannot be had or the model not be loaded.
+    """
+    backend, why = choose_backend(backend)
+    model = _load_unsloth(name, bits, checkpointing) if backend == "unsloth" else _load_transformers(name, bits)
+    return Loaded(model, load_processor(name, pixels), backend, why)
+
+
+def quiet() -> None:
+    """Keep transformers' own progress bars and notes off the terminal: what a user needs to know is said here."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _load_unsloth(name: str, bits: int, checkpointing: bool):
+    import unsloth
+
+    quiet()
+    with _one_line(name):
+        model, _ = unsloth.FastVisionModel.from_pretrained(
+            name,
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            load_in_16bit=bits == 16,
+            dtype=compute_dtype(),
+            max_seq_length=32768,
+            # The very weights that the adapter is merged onto later, not Unsloth's own quantised upload of them.
+            use_exact_model_name=True,
+            use_gradient_checkpointing="unsloth" if checkpointing else False,
+        )
+    return model
+
+
+def _load_transformers(name: str, bits: int, device_map=None, max_memory=None):
+    import torch
+    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+
+    quiet()
+    quantization = None
+    if bits in (4, 8):
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=bits == 4,
+            load_in_8bit=bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype(),
+            llm_int8_skip_modules=["lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector"],
+        )
+    if device_map is None and torch.cuda.is_available():
+        device_map = {"": torch.cuda.current_device()}
+    with _one_line(name):
+        return AutoModelForImageTextToText.from_pretrained(
+            name,
+            dtype=compute_dtype(),
+            quantization_config=quantization,
+            device_map=device_map,
+            max_memory=max_memory,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+        )
+
+
+@contextlib.contextmanager
+def _one_line(name: str):
+    """Turn the loaders' long complaints about a name, access or files into one line."""
+    try:
+        yield
+    except (OSError, ValueError) as fault:
+        first = str(fault).strip().splitlines()[0][:300]
+        hint = "set HF_TOKEN to a token that was granted access" if "gated" in str(fault).lower() or "401" in str(fault) else "check the name"
+        raise UserError(f"cannot load --model {name}; {first}; a local folder, a hub id you may read, or tiny is allowed; {hint}") from fault
+
+
+def adapt(loaded: Loaded, how: Adapting):
+    """Attach what is to be trained and return the model: LoRA matrices, or every weight with ``how.full``.
+
+    Raises:
+        UserError: if the toggles leave nothing to train, or all weights of a quantised model were asked for.
+    """
+    model = loaded.model
+    if how.full:
+        if getattr(model, "is_quantized", False):
+            raise UserError("--full; quantised weights cannot be trained; only 16 bits can; use --bits 16 with --full")
+        model.requires_grad_(True)
+        return model
+    if not (how.vision or how.language) or not (how.attention or how.mlp):
+        raise UserError("nothing to train: keep one of --vision/--language and one of --attention/--mlp on")
+    if loaded.backend == "unsloth":
+        import unsloth
+
+        return unsloth.FastVisionModel.get_peft_model(
+            model, r=how.rank, lora_alpha=how.alpha, lora_dropout=how.dropout, bias="none", random_state=how.seed,
+            finetune_vision_layers=how.vision, finetune_language_layers=how.language,
+            finetune_attention_modules=how.attention, finetune_mlp_modules=how.mlp,
+        )  # fmt: skip
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_quantized", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(how.seed)
+    names = lora_targets(model, how)
+    return get_peft_model(
+        model, LoraConfig(r=how.rank, lora_alpha=how.alpha, lora_dropout=how.dropout, bias="none", target_modules=names)
+    )
+
+
+def lora_targets(model, how: Adapting) -> list[str]:
+    """Full names of the linear layers that ``how``'s toggles choose; the LM head is never one of them.
+
+    A layer under ``visual``/``vision`` is vision's, every other language's; one with ``attn``/``attention`` in its name is
+    attention's, every other (feed-forward layers and the merger between the towers) the MLP's, as Unsloth sorts them.
+    """
+    import torch
+
+    head = model.get_output_embeddings()
+    names = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or module is head:
+            continue
+        side = how.vision if "visual" in name or "vision" in name else how.language
+        part = how.attention if "attn" in name or "attention" in name else how.mlp
+        if side and part:
+            names.append(name)
+    return names
+
+
+def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, pixels=(None, None)):
+    """A model in evaluation mode and its processor.
+
+    Args:
+        name: a run folder's ``merged/``, any model folder, a hub id or ``tiny``.
+        bits: 4, 8 or 16.
+        adapter: a run's ``adapter/`` to put on top; its own processor files are then used.
+        pixels: override of the pixel budget.
+
+    Returns:
+        ``(model, processor)``.
+
+    Raises:
+        UserError: if something cannot be loaded, or the adapter belongs to another base.
+    """
+    name = locate(name)
+    model = _load_transformers(name, bits)
+    if adapter is not None:
+        model = put_adapter(model, adapter)
+    source = str(adapter) if adapter is not None and (Path(adapter) / "processor_config.json").exists() else name
+    return model.eval(), load_processor(source, pixels)
+
+
+def put_adapter(model, adapter: Path):
+    """Attach a saved adapter; raises `UserError` if it does not fit this base."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError, OSError) as fault:
+        first = str(fault).strip().splitlines()[0][:200]
+        raise UserError(f"the adapter {adapter} does not fit its base: {first}; use the base that its adapter_config.json names") from fault

@@ -1,0 +1,92 @@
+"""What a run's record says against its own evaluation: patients seen in training, other prompts or pixels, a better base."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from sonovqa import asking, comparing, dataset
+from sonovqa.cli import UserError
+from sonovqa.findings import Finding
+from sonovqa.predictions import Key
+
+
+def leaks_of_data(about: Mapping, split: str) -> Iterable[Finding]:
+    """What `prepare_dataset.py` found to be in more than one split of the data set."""
+    leak = about.get("leakage", {})
+    asked, leaked = leak.get("test_questions", 0), leak.get("test_questions_on_images_outside_test", 0)
+    if split == "test" and leaked:
+        text = f"{leaked} of {asked} test questions ({leaked / asked:.1%}) are about images that are in another split too"
+        yield Finding("leak", None, leaked / asked, text)
+    if split == "test" and leak.get("groups"):
+        yield Finding("leak", None, len(leak["groups"]), f"{len(leak['groups'])} groups are in the test split and in another one")
+
+
+def seen_in_training(run: Mapping, about: Mapping, split: str, raw) -> Iterable[Finding]:
+    """Images and groups of the evaluated split that the run was trained on.
+
+    Args:
+        run: run.json.
+        about: dataset.json of the evaluated set.
+        split: its evaluated split.
+        raw: the split's rows, images not decoded.
+
+    Groups are compared where the run was trained on the same data set (names of patients mean nothing across sets), images
+    by their bytes where it was trained on another one.
+    """
+    if split != "test":
+        yield Finding(
+            "not held out", None, 0, f"the {split} split is not held out: the run was trained or chosen on it", split == "train"
+        )
+        return
+    path = Path(run["arguments"]["data"])
+    try:
+        train = dataset.load_undecoded(path)["train"]
+    except UserError:
+        yield Finding(
+            "training data not at hand", None, 0, f"the run's training data is not at {path}, so overlap is not checked", False
+        )
+        return
+    if run.get("data") == about["fingerprint"]:
+        shared = set(train["group"]) & set(raw["group"])
+        what, total = "groups", len(set(raw["group"]))
+    else:
+        shared = _hashes(train) & _hashes(raw)
+        what, total = "images", len(raw)
+    if shared:
+        text = f"{len(shared)} of {total} test {what} were seen in training, such as {sorted(shared)[0]}"
+        yield Finding("seen in training", None, len(shared) / total, text)
+
+
+def _hashes(raw) -> set[str]:
+    return {hashlib.sha256(asking.image_bytes(raw, row)).hexdigest() for row in range(len(raw))}
+
+
+def unlike_training(run: Mapping, prompt: str, task: str, pixels: Sequence[int | None]) -> Iterable[Finding]:
+    """A prompt variant, task or pixel budget that differs from the run's own."""
+    trained = run.get("prompt_variant", "default")
+    if prompt != trained:
+        yield Finding(
+            "prompt unlike training", None, 0, f"asked with the prompts “{prompt}”; the run was trained with “{trained}”"
+        )
+    learnt = run["arguments"].get("task", "all")
+    if learnt not in ("all", task):
+        yield Finding("task unlike training", None, 0, f"asked --task {task}; the run was trained on --task {learnt}")
+    budget = run.get("pixels") or (None, None)
+    if any(asked is not None and asked != own for asked, own in zip(pixels, budget, strict=True)):
+        text = f"images of {pixels[0]} to {pixels[1]} pixels; the run was trained with {budget[0]} to {budget[1]}"
+        yield Finding("pixels unlike training", None, 0, text)
+
+
+def below_base(rows: Mapping[Key, dict], base: Mapping[Key, dict], name: str, resamples: int, seed: int) -> Iterable[Finding]:
+    """Questions on which a tuned run is below the base it started from (`comparing.compare`)."""
+    for kind, scores in comparing.compare(base, rows, resamples, seed)["questions"].items():
+        score, figure = next(iter(scores.items()))
+        if figure["difference"] is not None and figure["difference"] < 0:
+            low, high = figure["interval"] or (figure["difference"],) * 2
+            text = (
+                f"{kind}: {score} {figure['second']:.2f} is below its own base's {figure['first']:.2f} "
+                f"(difference {figure['difference']:+.2f} [{low:+.2f}, {high:+.2f}]; {name})"
+            )
+            yield Finding("below base", kind, figure["difference"], text, high < 0)

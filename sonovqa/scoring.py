@@ -1,0 +1,256 @@
+"""From predictions to scores: what `scores.json`, the table and the report say. Failed requests are listed, never scored."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sonovqa import asking, measures, metrics, report_sections
+from sonovqa.asking import Item
+from sonovqa.metrics import Resamples, Score
+from sonovqa.predictions import Key
+from sonovqa.questions import REPORT_ID
+
+#: Scores of wording stand without baselines, for nobody should be led by them.
+WORDING = ("exact match", "ROUGE-L", "BLEU-4")
+#: With fewer rows than this share behind the commonest of many values, the median value stands for "the majority".
+RARE_MODE = 0.05
+MOST_CLASSES = 20  # a confusion matrix of more is a wall of numbers
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What every score stands beside.
+
+    Attributes:
+        majority: by kind of question, the commonest answer.
+        majority_of: where it was counted: ``the training split`` or ``the references themselves``.
+        blind: by `asking.blind_key`, rows of blind.jsonl; ``None`` if the model was not asked blind.
+    """
+
+    majority: Mapping[str, str]
+    majority_of: str
+    blind: Mapping[Key, dict] | None
+
+    def blind_text(self, row: Mapping) -> str | None:
+        """The model's answer to the row's question without its image, or ``None`` if there is none."""
+        if self.blind is None or not row.get("size"):
+            return None
+        found = self.blind.get(asking.blind_key(row["size"], row["context"], row["prompt"]))
+        if found is None or found["error"] is not None:
+            return None
+        text = found["prediction"]
+        return report_sections.sections_of(text).get(row["question_id"], "") if row.get("section") else text
+
+
+def majority_answers(rows: Iterable[Mapping]) -> dict[str, str]:
+    """The commonest answer to each kind of question: of the commonest meaning its commonest wording, ties by alphabet.
+
+    Where answers are measured values that hardly repeat, no answer is common; the median value is the harder baseline.
+
+    Args:
+        rows: dictionaries with ``question_id``, ``question``, ``answer_type`` and ``reference``; reports count by section.
+    """
+    by_kind: dict[str, list[Mapping]] = defaultdict(list)
+    for row in report_sections.expand(rows):
+        by_kind[measures.kind_of(row)].append(row)
+    return {kind: _commonest(found) for kind, found in by_kind.items()}
+
+
+def without_blind(train: Sequence[Item], items: Sequence[Item]) -> Baselines:
+    """The majority of the training split's questions, or of the evaluated ones themselves where there is no such split."""
+    where = "the training split" if train else "the references themselves"
+    return Baselines(majority_answers([vars(item) for item in train or items]), where, None)
+
+
+def _commonest(rows: Sequence[Mapping]) -> str:
+    keys = [measures.key_of(row, row["reference"]) for row in rows]
+    counts = Counter(keys)
+    best = min(counts, key=lambda k: (-counts[k], k))
+    meanings = [(measures.meaning(row, row["reference"]), row["reference"]) for row in rows]
+    valued = [(found.values[0].value, text) for found, text in meanings if found and len(found.values) == 1]
+    if counts[best] < RARE_MODE * len(rows) and len(valued) > len(rows) / 2:
+        return sorted(valued)[len(valued) // 2][1]
+    wordings = Counter(row["reference"] for row, key in zip(rows, keys, strict=True) if key == best)
+    return min(wordings, key=lambda text: (-wordings[text], text))
+
+
+def score(rows: Sequence[Mapping], baselines: Baselines, resamples: int = 1000, seed: int = 0) -> dict:
+    """Score predictions.
+
+    Args:
+        rows: one a question asked (`asking.row_of`), failed ones with ``error``.
+        resamples: bootstrap resamples of groups for the 95 % intervals; 0 leaves them out.
+
+    Returns:
+        ``{"questions": {kind: {...}}, "overall": {...}, "majority_of", "blind", "intervals"}``, JSON values only, and
+        ``"report"`` where reports were asked for.
+    """
+    draws = Resamples([row["group"] for row in rows], resamples, seed)
+    reports = [row for row in rows if row["question_id"] == REPORT_ID]
+    kinds: dict[str, list[dict]] = defaultdict(list)
+    parts = report_sections.expand(rows)
+    quality = {row["image_id"]: measures.key_of(row, row["reference"]) for row in parts if row["question_id"] == "Q6"}
+    for row in parts:
+        kinds[measures.kind_of(row)].append({**row, "quality": quality.get(row["image_id"], "")})
+    ordered = sorted(kinds, key=measures.order_of)
+    return {
+        "questions": {kind: _score_kind(kind, kinds[kind], baselines, draws) for kind in ordered},
+        "overall": _overall(rows, [row for found in kinds.values() for row in found], baselines, draws),
+        **({"report": _score_reports(reports, draws)} if reports else {}),
+        "majority_of": baselines.majority_of,
+        "blind": baselines.blind is not None,
+        "intervals": {"level": metrics.LEVEL, "resamples": resamples, "by": "group", "groups": len(draws.codes), "seed": seed},
+    }
+
+
+def _score_kind(kind: str, rows: list[dict], baselines: Baselines, draws: Resamples) -> dict:
+    answered = [row for row in rows if row["error"] is None]
+    texts, groups = [row["prediction"] for row in answered], [row["group"] for row in answered]
+    scores = measures.measure(kind, answered, texts)
+    others = _others(answered, baselines, lambda said: measures.measure(kind, answered, said))
+    headline = measures.headline(kind, scores)
+    bare: dict = {}
+    return {
+        "asked": len(rows),
+        "failed": len(rows) - len(answered),
+        "n": len(answered),
+        "groups": len(set(groups)),
+        "unread": sum(measures.meaning(row, text) is None for row, text in zip(answered, texts, strict=True)),
+        "references_unread": sum(measures.meaning(row, row["reference"]) is None for row in answered),
+        "cut": sum(row["finish_reason"] == "length" for row in answered),
+        "majority_answer": baselines.majority.get(kind),
+        "headline": headline,
+        "metrics": {
+            name: _figure(s, groups, draws, bare if name in WORDING else {o: (m[name], seen) for o, (m, seen) in others.items()})
+            for name, s in scores.items()
+        },
+        "answers": _distribution(answered, texts),
+        "slices": {by: found for by in ("category", "quality") if (found := _slices(answered, scores[headline], by, draws))},
+    }
+
+
+def _others(rows: list[dict], baselines: Baselines, measure) -> dict[str, tuple[dict[str, Score], np.ndarray]]:
+    """The baselines' scores of the same rows, each with a mask of the rows that have such an answer."""
+    majority = [baselines.majority.get(measures.kind_of(row), "") for row in rows]
+    others = {"majority": (measure(majority), np.ones(len(rows), bool))}
+    if baselines.blind is not None:
+        blind = [baselines.blind_text(row) for row in rows]
+        others["blind"] = (measure([text or "" for text in blind]), np.array([text is not None for text in blind], bool))
+    return others
+
+
+def _figure(score: Score, groups: list[str], draws: Resamples, others: Mapping[str, tuple[Score, np.ndarray]]) -> dict:
+    """One score as JSON: value, interval, n, groups, direction, and each baseline with the paired difference to it."""
+    counted = score.columns.any(axis=1)
+    figure = {
+        "value": _number(score.value),
+        "interval": _numbers(draws.interval(score, groups)),
+        "n": int(counted.sum()),
+        "groups": len({g for g, c in zip(groups, counted, strict=True) if c}),
+        "higher_is_better": score.higher,
+    }
+    for name, (other, rows) in others.items():
+        here = [g for g, r in zip(groups, rows, strict=True) if r]
+        mine, theirs = score.take(rows), other.take(rows)
+        figure[name] = {
+            "value": _number(theirs.value),
+            "interval": _numbers(draws.interval(theirs, here)),
+            "n": int(rows.sum()),
+            "difference": _number(mine.value - theirs.value),
+            "difference_interval": _numbers(draws.difference(mine, theirs, here)),
+        }
+    return figure
+
+
+def _overall(asked: Sequence[Mapping], parts: Sequence[dict], baselines: Baselines, draws: Resamples) -> dict:
+    """Accuracy over all questions (of reports: over all sections), every answer counted once."""
+    rows = [row for row in parts if row["error"] is None]
+
+    def accuracy(texts: Sequence[str]) -> dict[str, Score]:
+        return {"accuracy": metrics.mean([measures.right(row, text) for row, text in zip(rows, texts, strict=True)])}
+
+    others = {o: (m["accuracy"], seen) for o, (m, seen) in _others(rows, baselines, accuracy).items()}
+    figure = _figure(accuracy([row["prediction"] for row in rows])["accuracy"], [row["group"] for row in rows], draws, others)
+    failed = sum(row["error"] is not None for row in asked)
+    images = len({row["image_id"] for row in asked})
+    return {"asked": len(asked), "failed": failed, "images": images, "metrics": {"accuracy": figure}}
+
+
+def _score_reports(rows: Sequence[Mapping], draws: Resamples) -> dict:
+    answered = [row for row in rows if row["error"] is None]
+    scores = report_sections.measure(answered, [row["prediction"] for row in answered])
+    return {
+        "asked": len(rows),
+        "failed": len(rows) - len(answered),
+        "metrics": {name: _figure(s, [row["group"] for row in answered], draws, {}) for name, s in scores.items()},
+        "violations": report_sections.listed(answered),
+    }
+
+
+def _distribution(rows: Sequence[dict], texts: Sequence[str]) -> dict:
+    """How much the answers vary, what they have to do with the image's category, and what is taken for what."""
+    said = [measures.key_of(row, text) for row, text in zip(rows, texts, strict=True)]
+    meant = [measures.key_of(row, row["reference"]) for row in rows]
+    categories = [row["category"] or "" for row in rows]
+    counts = Counter(meant)
+    hits = Counter(m for m, s in zip(meant, said, strict=True) if m == s)
+    wrong = Counter((m, s) for m, s in zip(meant, said, strict=True) if m != s)
+    return {
+        "predicted": labels(said, categories),
+        "reference": labels(meant, categories),
+        "recall": {label: {"found": hits[label], "n": n} for label, n in counts.most_common(30)},
+        "confused": [{"reference": m, "predicted": s, "n": n} for (m, s), n in wrong.most_common(20)],
+        "confusion": _confusion(meant, said) if len(counts) <= MOST_CLASSES else None,
+    }
+
+
+def _confusion(meant: list[str], said: list[str]) -> dict:
+    """Counts, references by row; answers that no reference has are gathered in the last columns, ``other`` and ``unread``."""
+    rows = sorted(set(meant))
+    columns = rows + [name for name in ("other", "unread") if name not in rows]
+    pairs = Counter((m, s if s in columns else "other") for m, s in zip(meant, said, strict=True))
+    return {"rows": rows, "columns": columns, "counts": [[pairs[r, c] for c in columns] for r in rows]}
+
+
+def labels(names: Sequence[str], categories: Sequence[str]) -> dict:
+    """How a list of labels is distributed: distinct ones, the commonest and its share, entropy, bits shared with the category."""
+    counts = Counter(names)
+    top = counts.most_common(1)
+    return {
+        "distinct": len(counts),
+        "commonest": top[0][0] if top else None,
+        "share": _number(top[0][1] / len(names)) if top else None,
+        "entropy_bits": _number(metrics.entropy(names)),
+        "category_bits": _number(metrics.mutual_information(names, categories)),
+    }
+
+
+def _slices(rows: Sequence[dict], score: Score, by: str, draws: Resamples) -> dict:
+    """The score in each slice, worst first, and what the slice's answers are most often confused with; empty for one slice."""
+    values = np.array([row[by] or "" for row in rows], object)
+    if len(set(values)) < 2:
+        return {}
+    found = {}
+    for value in sorted(set(values)):
+        mask = values == value
+        here = [row for row, inside in zip(rows, mask, strict=True) if inside]
+        missed = [row for row in here if not measures.right(row, row["prediction"])]
+        wrong = Counter((measures.key_of(row, row["reference"]), measures.key_of(row, row["prediction"])) for row in missed)
+        figure = _figure(score.take(mask), [row["group"] for row in here], draws, {})
+        figure["confused"] = [{"reference": m, "predicted": s, "n": n} for (m, s), n in wrong.most_common(1)]
+        found[value] = figure
+    sign = -1 if score.higher is False else 1
+    return dict(sorted(found.items(), key=lambda entry: (entry[1]["value"] is None, sign * (entry[1]["value"] or 0))))
+
+
+def _number(value: float) -> float | None:
+    return round(float(value), 6) if math.isfinite(value) else None
+
+
+def _numbers(pair: tuple[float, float] | None) -> list[float] | None:
+    return None if pair is None else [_number(pair[0]), _number(pair[1])]

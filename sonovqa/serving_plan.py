@@ -1,0 +1,264 @@
+"""vLLM's command line for a run: which weights, which limits, which environment. Nothing here starts anything."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import ipaddress
+import json
+import math
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from sonovqa import files
+from sonovqa.cli import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+#: Flags of vLLM that serve.sh sets itself: a second value could open a port without a key or show the key in `ps`.
+OURS = ("--host", "--port", "--api-key", "--model", "--served-model-name", "--config")
+TEXT_ROOM = 3072  # tokens beside the image: system text, a conversation's history and the answer
+UNKNOWN_IMAGE = 4096  # tokens granted an image where the processor's files do not say how many it may take
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; source: vLLM's config/lora.py, MaxLoRARanks
+NO_DOMAIN = "none.invalid"  # RFC 2606: never resolves; a domain list of one that is nobody's switches image URLs off
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is served: a model folder or hub id, and an adapter on top or ``None``."""
+
+    name: str
+    model: str
+    adapter: Path | None
+    log_folder: Path
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A server as it would be started.
+
+    Attributes:
+        name: the model's name in the API.
+        command: program and arguments.
+        env: what is set in the environment beside what is there; never a key.
+        url: base URL of the API, as a client on this machine reaches it.
+        log: file that takes vLLM's output.
+    """
+
+    name: str
+    command: list[str]
+    env: dict[str, str]
+    host: str
+    port: int
+    url: str
+    log: Path
+
+    def shown(self) -> str:
+        """The command as a shell takes it, one flag a line."""
+        lines = []
+        for word in self.command[3:]:
+            if word.startswith("--"):
+                lines.append(word)
+            else:
+                lines[-1] += " " + shlex.quote(word)
+        settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.env.items())
+        return " \\\n  ".join([f"env {settings}", shlex.join(self.command[:3]), *lines])
+
+
+def find_weights(run: Path, lora: bool) -> Weights:
+    """The weights behind RUN: a run of train.py, its ``merged/``, or any model folder.
+
+    Raises:
+        UserError: if there are none, or files that vLLM needs are not beside them.
+    """
+    from sonovqa import models  # imports torch, which `--help` need not wait for
+
+    if not run.is_dir():
+        raise UserError(f"no such folder; {run}; a run of train.py or a model folder; see `ls outputs`")
+    is_run = not (run / "config.json").exists()
+    home = run if is_run else run.parent if run.name == "merged" else run
+    name = home.resolve().name
+    if lora:
+        adapter = home / "adapter"
+        if not (adapter / "adapter_config.json").exists():
+            raise UserError(f"--lora; {home} holds no adapter/; it was trained with --full or not by train.py; leave --lora out")
+        base = models.locate(files.read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
+        return Weights(name, base, adapter.resolve(), home)
+    folder = run / "merged" if is_run else run
+    if not folder.is_dir():
+        if (run / "merged.unchecked").is_dir():
+            raise UserError(f"the merge check of {run} failed, so it has no merged/; run `python -m sonovqa.merging {run}` again")
+        raise UserError(f"{run} holds neither merged/ nor config.json; merge it first: python -m sonovqa.merging {run}")
+    models.check_folder(folder)
+    if not has_chat_template(folder):
+        raise UserError(f"{folder} has no chat template; chat_template.jinja is needed; copy that of its base beside the weights")
+    return Weights(name, str(folder.resolve()), None, home)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether vLLM will find a chat template in a model folder: a file of its own, or within the tokenizer's settings."""
+    tokenizer = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").exists() or (tokenizer.exists() and "chat_template" in files.read_json(tokenizer))
+
+
+def make_plan(run: Path, lora: bool = False, host: str = "127.0.0.1", port: int = 8000, device: str = "auto",
+              max_model_len: int | None = None, extra: tuple[str, ...] = ()) -> Plan:  # fmt: skip
+    """Put vLLM's command together.
+
+    Args:
+        run: see `find_weights`.
+        lora: serve base plus adapter instead of merged weights; both have a name then, the base's is ``<run>-base``.
+        device: ``gpu``, ``cpu`` or ``auto``, which goes by the vLLM that is installed.
+        max_model_len: longest context in tokens; ``None`` takes one image and `TEXT_ROOM`.
+        extra: further flags for vLLM, which win over those chosen here.
+
+    Raises:
+        UserError: for weights that cannot be served, a host beyond loopback without a key, or flags that are not theirs to give.
+    """
+    check_host(host)
+    check_extra(extra)
+    weights = find_weights(run, lora)
+    device = installed_device() if device == "auto" else device
+    command = [sys.executable, "-m", "sonovqa.vllm_server", "--model", weights.model]
+    command += ["--served-model-name", f"{weights.name}-base" if lora else weights.name]
+    command += ["--host", host, "--port", str(port)]
+    command += ["--max-model-len", str(max_model_len or context_length(weights))]
+    command += ["--limit-mm-per-prompt", compact({"image": 1, "video": 0})]
+    command += ["--enable-prefix-caching", "--generation-config", "vllm"]
+    command += ["--structured-outputs-config", compact({"backend": "xgrammar", "disable_any_whitespace": True})]
+    command += ["--allowed-media-domains", NO_DOMAIN]
+    command += adapter_flags(weights) if lora else []
+    env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1"}
+    if Path(weights.model).is_dir():
+        env["HF_HUB_OFFLINE"] = "1"
+    if device == "cpu":
+        command += ["--enforce-eager", "--dtype", cpu_dtype(weights.model)]
+        env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; unset, vLLM takes most of the memory
+    log = weights.log_folder / f"serve-{port}.log"
+    return Plan(weights.name, [*command, *extra], env, host, port, f"http://{address(host)}:{port}/v1", log)
+
+
+def adapter_flags(weights: Weights) -> list[str]:
+    """Flags that put an adapter on its base, on the vision tower too, with the run's own pixel budget."""
+    rank = files.read_json(weights.adapter / "adapter_config.json")["r"]
+    fitting = [allowed for allowed in LORA_RANKS if allowed >= rank]
+    if not fitting:
+        raise UserError(
+            f"--lora; rank {rank} is more than vLLM takes; at most {LORA_RANKS[-1]}; serve merged weights: leave --lora out"
+        )
+    flags = ["--enable-lora", "--lora-modules", f"{weights.name}={weights.adapter}", "--max-lora-rank", str(fitting[0])]
+    if touches_vision(weights.adapter):  # vLLM would else leave those layers out with no more than a warning
+        flags.append("--enable-tower-connector-lora")
+    own = pixel_budget(weights.adapter)
+    if own and own != pixel_budget(Path(weights.model)):  # vLLM reads the processor of the base
+        flags += ["--mm-processor-kwargs", compact({"size": dict(zip(("shortest_edge", "longest_edge"), own, strict=True))})]
+    return flags
+
+
+def touches_vision(adapter: Path) -> bool:
+    """Whether an adapter holds layers of the vision tower or its connector."""
+    from safetensors import safe_open
+
+    with safe_open(str(adapter / "adapter_model.safetensors"), "np") as stored:
+        return any("visual" in key or "vision" in key or "multi_modal_projector" in key for key in stored.keys())  # noqa: SIM118
+
+
+def pixel_budget(folder: Path) -> tuple[int, int] | None:
+    """``(fewest, most)`` pixels an image is resized to, from a folder's processor files; ``None`` if they do not say."""
+    size = _image_processor(folder).get("size") or {}
+    return (size["shortest_edge"], size["longest_edge"]) if "longest_edge" in size and "shortest_edge" in size else None
+
+
+def context_length(weights: Weights) -> int:
+    """Tokens of one image at the pixel budget's upper end plus `TEXT_ROOM`, in whole thousands, within the model's own limit."""
+    folder = weights.adapter or Path(weights.model)
+    budget, processor = pixel_budget(folder), _image_processor(folder)
+    token = processor.get("patch_size"), processor.get("merge_size")
+    known = budget and all(isinstance(side, int) for side in token)
+    image = math.ceil(budget[1] / (token[0] * token[1]) ** 2) if known else UNKNOWN_IMAGE
+    wanted = math.ceil((image + TEXT_ROOM) / 1024) * 1024
+    config = _config(weights.model)
+    limit = (config.get("text_config") or config).get("max_position_embeddings")
+    return min(wanted, limit) if limit else wanted
+
+
+def cpu_dtype(model: str) -> str:
+    """``float32`` for weights stored in it, else ``bfloat16``; fp16 is slow on CPUs. From config.json, never from a name."""
+    config = _config(model)
+    return "float32" if (config.get("dtype") or config.get("torch_dtype")) == "float32" else "bfloat16"
+
+
+def installed_device() -> str:
+    """``cpu`` or ``gpu`` by the vLLM that is installed. Raises `UserError` if there is none."""
+    for package in ("vllm-cpu", "vllm"):
+        try:
+            return "cpu" if "cpu" in f"{package} {importlib.metadata.version(package)}" else "gpu"
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if importlib.util.find_spec("vllm"):  # copied into place without metadata
+        return "gpu"
+    raise UserError("vLLM is not installed; none found; pip install -r requirements.txt (GPU) or -r requirements-cpu.txt")
+
+
+def check_host(host: str) -> None:
+    """Raise `UserError` if the server would listen beyond this machine without a key."""
+    if not is_loopback(host) and not os.environ.get("VLLM_API_KEY"):
+        raise UserError(f"a host beyond loopback needs a key; --host {host}; export VLLM_API_KEY=$(openssl rand -hex 32)")
+
+
+def check_extra(extra: tuple[str, ...]) -> None:
+    """Raise `UserError` for passed-through flags that serve.sh sets itself, abbreviations included."""
+    for word in extra:
+        flag = word.split("=")[0].replace("_", "-")
+        if flag == "--api-key":
+            raise UserError("--api-key would show in every process list; set it in the environment: export VLLM_API_KEY=…")
+        taken = [ours for ours in OURS if flag == ours or (len(flag) > 3 and ours.startswith(flag))]
+        if flag.startswith("--") and taken:
+            raise UserError(f"{word} after --; serve.sh sets {taken[0]} itself; give it before the --, see ./serve.sh --help")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own. A name that is not ``localhost`` is taken for the world's."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def address(host: str) -> str:
+    """Where a client on this machine reaches a server on ``host``, as a URL writes it."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:
+        return host
+    if ip.is_unspecified:  # 0.0.0.0 and :: listen everywhere but are nowhere
+        return "127.0.0.1" if ip.version == 4 else "[::1]"
+    return host if ip.version == 4 else f"[{host}]"
+
+
+def compact(value: dict) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _image_processor(folder: Path) -> dict:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).exists():
+            told = files.read_json(folder / name)
+            return told.get("image_processor") or told
+    return {}
+
+
+def _config(model: str) -> dict:
+    """A model's config.json: of a folder, or of a hub id through the hub's cache."""
+    if Path(model).is_dir():
+        return files.read_json(Path(model) / "config.json")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return files.read_json(Path(hf_hub_download(model, "config.json")))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as fault:
+        why = str(fault).strip().splitlines()[0][:200]
+        raise UserError(f"the base cannot be had; {model}: {why}; leave --lora out, or run hf download {model}") from None

@@ -1,0 +1,145 @@
+"""VQA-RAD (Lau et al., 2018, CC0-1.0): the original release in a folder, or the hub's copy, which lost names and types."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from sonovqa.cli import UserError
+from sonovqa.files import replacing, sha256
+from sonovqa.images import ImageFolder, NotFoundError
+from sonovqa.sheets import Drops, Unreadable, cell_text
+from sonovqa.sources import Loaded, Record, need_records, question
+
+HUB_ID = "flaviagiammarino/vqa-rad"
+ANNOTATIONS, IMAGES = "VQA_RAD Dataset Public.json", "VQA_RAD Image Folder"
+
+
+def vqa_rad(root: Path | None, extracted: Path, official: bool = False) -> Loaded:
+    """Load VQA-RAD: one record an image, or with ``official`` one an image and split, since its split cuts images.
+
+    No patient is known: images that are near-duplicates of each other share a group, any other is a group of its own.
+
+    Args:
+        root: folder with the original release, or with the hub copy's Parquet files; ``None`` fetches the hub's copy.
+        extracted: where the hub copy's images are written as files.
+        official: keep the makers' split by question.
+
+    Raises:
+        UserError: files are missing or unreadable, or the hub cannot be reached.
+    """
+    if root is not None and (root / ANNOTATIONS).is_file():
+        return _original(root, official)
+    tables = sorted((root if root is not None else _fetch()).rglob("*.parquet"))
+    if not tables:
+        raise UserError(
+            f"no VQA-RAD in this folder; {root}; `{ANNOTATIONS}` beside `{IMAGES}`, or the hub copy's Parquet files; mend --root"
+        )
+    return _hub_copy(tables, extracted, official)
+
+
+def _original(root: Path, official: bool) -> Loaded:
+    try:
+        entries = json.loads((root / ANNOTATIONS).read_text(encoding="utf-8"))
+        rows = [
+            (entry["image_name"], entry["image_organ"], "test" if entry["phrase_type"].startswith("test") else "train", entry)
+            for entry in entries
+        ]
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise UserError(
+            f"the annotations cannot be read; {root / ANNOTATIONS}: {fault}; the original release; mend --root"
+        ) from None
+    folder, drops, records = ImageFolder(root), {}, {}
+    for name, organ, split, entry in rows:
+        try:
+            image_id, path = folder.find(IMAGES, name)
+        except NotFoundError as reason:
+            drops.setdefault(str(reason), []).append(f"{name}: question {entry.get('qid')}")
+            continue
+        text, answer, kind = (_text(entry[key]) for key in ("question", "answer", "answer_type"))
+        asked = question(str(entry["qid"]), answer, text, kind.casefold())
+        _add(records, Record(image_id, path, organ, "", [], split=split if official else ""), asked, drops)
+    loaded = Loaded(list(records.values()), drops, {"kind": "vqa-rad", "root": str(root), "licence": "CC0-1.0"})
+    loaded.notes.append(official_leak([(name, split) for name, _, split, _ in rows]))
+    need_records(loaded, str(root))
+    return loaded
+
+
+def _hub_copy(tables: list[Path], extracted: Path, official: bool) -> Loaded:
+    """Rows of the hub's copy hold image, question and answer only: an image is told by its bytes, a type by the answer."""
+    drops, records, told = {}, {}, []
+    for number, (split, row) in enumerate(_parquet_rows(tables)):
+        data, text, answer = row["image"]["bytes"], _text(row["question"]), _text(row["answer"])
+        name = sha256(data)[:16] + (".png" if data.startswith(b"\x89PNG") else ".jpg")
+        path = extracted / "images" / name
+        if not path.exists():
+            with replacing(path) as part:
+                part.write_bytes(data)
+        told.append((name, split))
+        asked = question(str(number), answer, text, derived_type(text, answer))
+        _add(records, Record(f"images/{name}", path, "Radiology", "", [], split=split if official else ""), asked, drops)
+    loaded = Loaded(list(records.values()), drops, {"kind": "vqa-rad", "root": str(tables[0].parent), "licence": "CC0-1.0"})
+    loaded.notes.append("the hub's copy has no image names and no answer types: grouped by the images' content, types derived")
+    loaded.notes.append(official_leak(told))
+    need_records(loaded, str(tables[0].parent))
+    return loaded
+
+
+def official_leak(questions: list[tuple[str, str]]) -> str:
+    """How far the makers' split leaks, in words, from one (image, split) a question."""
+    trained = {image for image, split in questions if split == "train"}
+    tested = [image for image, split in questions if split == "test"]
+    leaked = [image for image in tested if image in trained]
+    return (
+        f"the official split leaks: {len(leaked)} of its {len(tested)} test questions, on {len(set(leaked))} of its "
+        f"{len(set(tested))} test images, are about training images"
+    )
+
+
+def _add(records: dict, record: Record, asked: dict, drops: Drops) -> None:
+    if asked["answer"] and asked["question"]:
+        records.setdefault((record.image_id, record.split), record).questions.append(asked)
+    else:
+        drops.setdefault("a question without text or answer", []).append(f"{record.image_id}: {asked['question_id']}")
+
+
+def derived_type(text: str, answer: str) -> str:
+    """``closed`` if the answer is yes or no, or one of the choices that an "A or B" question names; else ``open``."""
+    plain = answer.casefold().strip(" .")
+    choice = " or " in text.casefold() and re.search(rf"\b{re.escape(plain)}\b", text.casefold())
+    return "closed" if plain in ("yes", "no") or choice else "open"
+
+
+def _text(value) -> str:
+    text = cell_text(value)  # five answers of the release are numbers
+    return "" if isinstance(text, Unreadable) else " ".join(text.split())
+
+
+def _parquet_rows(tables: list[Path]) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    for path in tables:
+        split = "test" if path.name.startswith("test") else "train"
+        try:
+            with pyarrow.parquet.ParquetFile(path) as table:
+                for batch in table.iter_batches(64, columns=["image", "question", "answer"]):
+                    yield from ((split, row) for row in batch.to_pylist())
+        except (pyarrow.ArrowException, OSError) as fault:
+            what = " ".join(str(fault).split())[:120]
+            raise UserError(f"the Parquet file cannot be read; {path}: {what}; the hub's copy; fetch it anew") from None
+
+
+def _fetch() -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(HUB_ID, repo_type="dataset", allow_patterns="*.parquet"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as fault:
+        what = " ".join(str(fault).split())[:120]
+        raise UserError(
+            f"the hub's copy cannot be fetched; {HUB_ID}: {what}; a local folder works offline; give it with --root"
+        ) from None

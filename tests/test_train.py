@@ -1,0 +1,168 @@
+"""train.py by running it: files, losses that do not hang on how work is dealt, resuming, and merges that are caught lying."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CORPUS, noise_image
+from safetensors.torch import load_file, save_file
+
+import train
+from sonovqa import files, merging, models, tiny
+from sonovqa.cli import UserError
+from sonovqa.questions import QUESTIONS
+
+SIDES = ("cephalic, axial, occiput left", "20-25 weeks")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer) -> Path:
+    """A tiny random base model, stored in bf16 like any other."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    tiny.make_model(tokenizer, "small").to(torch.bfloat16).save_pretrained(folder)
+    tiny.make_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Twenty-four images whose brightness decides Q2, in the stored form."""
+    from datasets import Dataset, DatasetDict, Features, Image, Value
+
+    entry = {name: Value("string") for name in ("question_id", "question", "answer", "label", "answer_type")}
+    features = Features({"image": Image(), "image_id": Value("string"), "group": Value("string"), "category": Value("string"), "questions": [entry]})
+
+    def row(i: int) -> dict:
+        data = io.BytesIO()
+        noise_image(96, 64, i).point(lambda v: v // (1 + 7 * (i % 2))).save(data, "PNG")
+        answers = {q: CORPUS[-7:][(i + k) % 7] for k, q in enumerate(QUESTIONS)} | {"Q2": SIDES[i % 2]}
+        questions = [{"question_id": q, "question": QUESTIONS[q].title, "answer": a, "label": a, "answer_type": "open"} for q, a in answers.items()]
+        return {"image": {"bytes": data.getvalue(), "path": None}, "image_id": f"A/{i}.png", "group": f"g{i}", "category": "Abdomen",
+                "questions": questions if i != 3 else questions[:1]}  # fmt: skip
+
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    parts = {"train": range(16), "validation": range(16, 20), "test": range(20, 24)}
+    DatasetDict({name: Dataset.from_list([row(i) for i in rows], features=features) for name, rows in parts.items()}).save_to_disk(folder)
+    files.write_json(folder / "dataset.json", {"fingerprint": "toy"})
+    return folder
+
+
+def run(base: Path, data: Path, outputs: Path, name: str, *more: str) -> dict:
+    words = ["--model", base, "--data", data, "--outputs", outputs, "--run", name, "--bits", "16", "--report-to", "none", "--lr", "0.01",
+             "--batch", "4", "--accumulate", "1", "--steps", "6", "--log-every", "1", "--eval-every", "3", "--warmup", "1", "--max-pixels", "12288", *more]  # fmt: skip
+    train.main([str(word) for word in words])
+    record = outputs / name / "run.json"
+    return json.loads(record.read_text()) if record.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def trained(base, data, tmp_path_factory) -> Path:
+    """One finished run, shared by the tests below."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    run(base, data, outputs, "whole")
+    return outputs / "whole"
+
+
+def losses_of(record: dict) -> list[float]:
+    return [entry["loss"] for entry in record["training"]["curve"] if "loss" in entry]
+
+
+def test_a_run_leaves_exactly_these_files(trained):
+    record = json.loads((trained / "run.json").read_text())
+    assert {p.name for p in trained.iterdir()} == {"adapter", "merged", "checkpoints", "plan.json", "merge.json", "run.json"}
+    assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json"} <= {p.name for p in (trained / "adapter").iterdir()}
+    merging.check_complete(trained / "merged")
+    assert {t.dtype for t in load_file(trained / "merged" / "model.safetensors").values()} == {torch.bfloat16}
+    assert record["merge_check"]["wrong"] == [] and record["merge_check"]["rows"] == 16
+    assert record["training"]["steps"] == 6 and len(losses_of(record)) == 6
+    assert losses_of(record)[-1] < losses_of(record)[0]
+    assert record["pixels"] == list(tiny.PIXELS) and record["versions"]["torch"] and record["data"] == "toy"
+
+
+def test_a_finished_run_is_never_overwritten(trained, base, data):
+    with pytest.raises(UserError, match="finished run; it is never overwritten"):
+        run(base, data, trained.parent, "whole")
+
+
+@pytest.mark.parametrize("words", [("--batch", "2", "--accumulate", "2"), ("--batch", "1", "--accumulate", "4", "--workers", "1")])
+def test_loss_does_not_hang_on_how_a_step_is_dealt(trained, base, data, tmp_path, words):
+    """Rows of one and of eight questions: a mean of means would differ."""
+    record = run(base, data, tmp_path, "dealt", *words, "--no-merge")
+    whole = json.loads((trained / "run.json").read_text())
+    assert losses_of(record) == pytest.approx(losses_of(whole), rel=2e-4)
+
+
+def test_separate_batching_starts_from_the_same_validation_loss(trained, base, data, tmp_path):
+    shared = run(base, data, tmp_path, "shared", "--steps", "1", "--eval-every", "1", "--lr", "1e-9", "--no-merge")
+    separate = run(base, data, tmp_path, "separate", "--steps", "1", "--eval-every", "1", "--lr", "1e-9", "--no-merge", "--batching", "separate")
+    assert shared["training"]["best_validation_loss"] == pytest.approx(separate["training"]["best_validation_loss"], rel=1e-5)
+
+
+def test_report_and_single_questions_train(base, data, tmp_path):
+    for task, answers in (("report", 4), ("Q7", 3)):
+        record = run(base, data, tmp_path, task, "--task", task, "--steps", "2", "--no-merge")
+        assert record["training"]["loss"] > 0, answers
+
+
+def test_dry_run_writes_nothing(base, data, tmp_path, capsys):
+    run(base, data, tmp_path, "dry", "--dry-run")
+    said = capsys.readouterr().out
+    assert "s a step" in said and "nothing was written" in said and "121 answers" not in said and "113 answers" in said.replace("\n", " ")
+    assert not (tmp_path / "dry" / "adapter").exists() and not (tmp_path / "dry" / "run.json").exists()
+
+
+def test_full_training_moves_every_weight_and_needs_16_bits(base, data, tmp_path):
+    record = run(base, data, tmp_path, "full", "--full")
+    assert record["merge_check"]["wrong"] == []
+    before, after = load_file(base / "model.safetensors"), load_file(tmp_path / "full" / "merged" / "model.safetensors")
+    still = [name for name in before if torch.equal(before[name], after[name])]
+    assert not [name for name in still if "norm" not in name and "bias" not in name], "weights that did not move"
+
+
+def tampered(run_folder: Path, tmp_path: Path) -> tuple[Path, dict]:
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    return copy, load_file(copy / "merged" / "model.safetensors")
+
+
+def check_again(folder: Path, base: Path) -> list[str]:
+    plan = files.read_json(folder / "plan.json")
+    processor = models.load_processor(str(folder / "adapter"))
+    model = models.put_adapter(merging.load_16_bit(str(base), None), folder / "adapter").eval()
+    batches = merging.check_rows(plan, processor, model)
+    reference = merging.answer_logits(model, batches)
+    before = merging.projections(model.get_base_model(), folder / "adapter")
+    return merging.check_merged(folder / "merged", folder / "adapter", batches, reference, before)["wrong"]
+
+
+def test_merge_check_passes_an_untouched_copy_and_catches_what_is_left_out(trained, base, tmp_path):
+    copy, weights = tampered(trained, tmp_path)
+    assert check_again(copy, base) == []
+    own = load_file(base / "model.safetensors")
+    save_file(own, copy / "merged" / "model.safetensors", {"format": "pt"})
+    assert any("lack part of their adapter" in line for line in check_again(copy, base)), "the whole adapter left out"
+    layer = "model.language_model.layers.1.self_attn.o_proj.weight"
+    save_file(weights | {layer: own[layer]}, copy / "merged" / "model.safetensors", {"format": "pt"})
+    assert any("1 layers lack" in line and layer.removesuffix(".weight") in line for line in check_again(copy, base)), "one layer's"
+    save_file(weights, copy / "merged" / "model.safetensors", {"format": "pt"})
+    (copy / "merged" / "processor_config.json").unlink()
+    assert any("processor" in line for line in check_again(copy, base)), "the processor left out"
+
+
+def test_arguments_are_all_checked_at_once(tmp_path):
+    with pytest.raises(UserError) as caught:
+        train.main(["--data", str(tmp_path / "none"), "--batch", "0", "--lr", "-1"])
+    assert all(part in str(caught.value) for part in ("no data set there", "--batch 0", "--lr -1"))
+
+
+def test_a_model_folder_with_pickled_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match="pickled weights"):
+        models.locate(str(tmp_path))

@@ -148,7 +148,7 @@ def write_phantoms(
         The sheet's path.
 
     Raises:
-        UserError: if an argument is out of range.
+        UserError: if an argument is out of range, or ``root`` holds somebody else's ``phantoms.json``.
     """
     _check(images, abnormal_rate, size, categories, images_per_patient)
     root, rows = Path(root), plan(images, seed, abnormal_rate, categories, images_per_patient)
@@ -183,11 +183,17 @@ def _check(images: int, abnormal_rate: float, size: tuple[int, int], categories:
 
 def _drop_outdated(root: Path, record: dict) -> None:
     """Remove what an earlier call drew from another specification, before the record that tells so is replaced."""
-    if not (root / "phantoms.json").exists():
+    path = root / "phantoms.json"
+    if not path.exists():
         return
-    earlier = files.read_json(root / "phantoms.json")
-    for name, row in earlier["truth"].items():
-        if earlier["size"] != record["size"] or row["spec"] != record["truth"].get(name, {}).get("spec"):
+    try:
+        earlier = files.read_json(path)
+        specs = {name: row["spec"] for name, row in earlier["truth"].items() if earlier["size"] == record["size"]}
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        message = f"not a record of phantoms; {path}; it is what an earlier call wrote; draw into another folder or delete {root}"
+        raise cli.UserError(message) from fault
+    for name in earlier["truth"]:
+        if name not in specs or specs[name] != record["truth"].get(name, {}).get("spec"):
             (root / "images" / name).unlink(missing_ok=True)
 
 

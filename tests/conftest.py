@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from sonovqa import torchvision_ops  # noqa: E402
+from sonovqa import files, torchvision_ops  # noqa: E402
 from sonovqa.questions import QUESTIONS, SYSTEM_TEXT  # noqa: E402
 
 torchvision_ops.declare()
@@ -35,3 +36,40 @@ def tokenizer():
 def noise_image(width: int, height: int, seed: int) -> Image.Image:
     """Random RGB noise: no two images alike, so that a mix-up of images cannot pass."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer) -> Path:
+    """A tiny random base model, stored in bf16 like any other."""
+    folder = tmp_path_factory.mktemp("base")
+    import torch
+
+    from sonovqa import tiny
+
+    torch.manual_seed(0)
+    tiny.make_model(tokenizer, "small").to(torch.bfloat16).save_pretrained(folder)
+    tiny.make_processor(tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """Twenty-four images whose brightness decides Q2, in the stored form."""
+    from datasets import Dataset, DatasetDict, Features, Image, Value
+
+    entry = {name: Value("string") for name in ("question_id", "question", "answer", "label", "answer_type")}
+    features = Features({"image": Image(), "image_id": Value("string"), "group": Value("string"), "category": Value("string"), "questions": [entry]})
+
+    def row(i: int) -> dict:
+        data = io.BytesIO()
+        noise_image(96, 64, i).point(lambda v: v // (1 + 7 * (i % 2))).save(data, "PNG")
+        answers = {q: CORPUS[-7:][(i + k) % 7] for k, q in enumerate(QUESTIONS)} | {"Q2": CORPUS[-7:][i % 2]}
+        questions = [{"question_id": q, "question": QUESTIONS[q].title, "answer": a, "label": a, "answer_type": "open"} for q, a in answers.items()]
+        return {"image": {"bytes": data.getvalue(), "path": None}, "image_id": f"A/{i}.png", "group": f"g{i}", "category": "Abdomen",
+                "questions": questions if i != 3 else questions[:1]}  # fmt: skip
+
+    folder = tmp_path_factory.mktemp("data") / "toy"
+    parts = {"train": range(16), "validation": range(16, 20), "test": range(20, 24)}
+    DatasetDict({name: Dataset.from_list([row(i) for i in rows], features=features) for name, rows in parts.items()}).save_to_disk(folder)
+    files.write_json(folder / "dataset.json", {"fingerprint": "toy"})
+    return folder

@@ -126,7 +126,7 @@ def test_cells_hold_text_whatever_it_begins_with(scans):
     (scans / "Femur" / "a 1.png").rename(scans / "Femur" / "=1+1.png")
     fill(scans, Engine(text="=HYPERLINK(0)\x07 @+-"))
     sheet = openpyxl.load_workbook(scans.parent / "out.xlsx")["Answers"]
-    assert {cell.data_type for row in sheet for cell in row} <= {"s", "n"}, [(c.coordinate, c.value) for row in sheet for c in row if c.data_type == "f"]
+    assert "f" not in {cell.data_type for row in sheet for cell in row}
     assert sheet["D3"].value == "=HYPERLINK(0)\ufffd @+- Q1"
 
 
@@ -144,5 +144,5 @@ def test_mistakes(scans, tmp_path):
             inference.main(["--run", "tiny", "--folder", str(folder), "--out", "x.xlsx"])
     with pytest.raises(UserError, match="only one of them"):
         inference.main(["--run", "tiny", "--folder", str(scans)])
-    with pytest.raises(UserError, match="ending in .xlsx"):
+    with pytest.raises(UserError, match=r"ending in \.xlsx"):
         folder_sheet.fill(scans, tmp_path / "out.csv", Engine(), "default", 16)

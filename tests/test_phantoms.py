@@ -126,6 +126,14 @@ def test_other_arguments_leave_nothing_of_the_earlier_call(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"truth": 3, "size": [1, 1]}'])
+def test_a_foreign_record_is_left_alone(tmp_path, text):
+    (tmp_path / "phantoms.json").write_text(text)
+    with pytest.raises(UserError, match="not a record of phantoms"):
+        write_phantoms(tmp_path, 3, size=SMALL)
+    assert (tmp_path / "phantoms.json").read_text() == text
+
+
 def test_more_images_keep_the_first_patients():
     first = plan(30, seed=5)[:30]
     assert [row.spec for row in plan(300, seed=5)[:30]] == [row.spec for row in first]
@@ -259,7 +267,9 @@ def fitted(features, target, held_out):
     """Logistic regression, its ridge chosen among three on the training patients themselves."""
     from sklearn.linear_model import LogisticRegressionCV
 
-    model = LogisticRegressionCV(Cs=[1e-4, 1e-3, 1e-2], cv=3, max_iter=400, l1_ratios=(0,), use_legacy_attributes=False)
+    model = LogisticRegressionCV(
+        Cs=[1e-4, 1e-3, 1e-2], cv=3, max_iter=400, scoring="accuracy", l1_ratios=(0,), use_legacy_attributes=False
+    )
     return model.fit(features[~held_out], target[~held_out])
 
 

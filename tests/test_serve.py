@@ -370,7 +370,7 @@ def test_printed_examples_run_as_they_stand(tmp_path):
 
 
 CLIENT = """
-import io, json, sys
+import io, json, os, sys
 import openai
 from PIL import Image
 from sonovqa import chat
@@ -383,7 +383,7 @@ stream = io.BytesIO()
 Image.new("RGB", (128, 96), (80, 80, 80)).save(stream, "PNG")
 prompts = tuple((f"Q{i}", f"Question {i}: what is seen?") for i in range(1, 9))
 replies = list(engine.answer([ImageRequest(str(i), stream.getvalue(), None, prompts) for i in range(3)], 6))
-client = openai.OpenAI(base_url=engine.base_url, api_key="none")
+client = openai.OpenAI(base_url=engine.base_url, api_key=os.environ.pop("VLLM_API_KEY"))
 asked = chat.openai_messages(stream.getvalue(), "Is it normal?")
 schema = {"type": "object", "properties": {"normal": {"type": "boolean"}}, "required": ["normal"], "additionalProperties": False}
 form = {"type": "json_schema", "json_schema": {"name": "q7", "schema": schema}}
@@ -395,14 +395,20 @@ try:
 except openai.APIStatusError as fault:
     fetched = str(fault)
 errors = sorted({r.error for r in replies if r.error})
-told = {"model": engine.model, "replies": len(replies), "errors": errors, "json": said.choices[0].message.content, "url": fetched}
+try:
+    engine.check()
+    refused = ""
+except Exception as fault:
+    refused = str(fault)
+told = {"model": engine.model, "replies": len(replies), "errors": errors, "refused": refused}
+told |= {"json": said.choices[0].message.content, "url": fetched}
 print(json.dumps(told))
 """
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_real_vllm_end_to_end(tmp_path, tokenizer):
-    """A random tiny model behind real vLLM: name, answers, compact JSON by schema, no fetching; then everything is gone."""
+    """A random tiny model behind real vLLM: name, key, answers, JSON by schema, no fetching; then all is gone."""
     from sonovqa import tiny
 
     folder = tmp_path / "demo" / "merged"
@@ -413,13 +419,16 @@ def test_real_vllm_end_to_end(tmp_path, tokenizer):
     client = shlex.join(["env", f"PYTHONPATH={ROOT}", sys.executable, str(tmp_path / "client.py"), f"http://127.0.0.1:{port}"])
     env = {k: v for k, v in os.environ.items() if k not in KEYS and not k.lower().endswith("_proxy")}
     words = ["bash", str(ROOT / "serve.sh"), str(folder.parent), "--port", str(port), "--wait", "400", "--then", client]
-    done = subprocess.run(words, capture_output=True, text=True, env=env | {"PYTHON": sys.executable}, timeout=500)
+    env |= {"PYTHON": sys.executable, "VLLM_API_KEY": "a-key-of-the-test"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=500)
     log = (folder.parent / f"serve-{port}.log").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["model"], told["replies"]) == ("demo", 24)
     assert set(told["errors"]) <= {"the answer is empty"}  # a random model may say nothing but spaces
     assert told["json"] in ('{"normal":true}', '{"normal":false}')
+    assert "refuses a request without a key" in told["refused"]
+    assert "a-key-of-the-test" not in log + done.stdout + done.stderr
     assert "fetched" not in told["url"] and "domain" in told["url"].lower()
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=2):
         pass

@@ -2,56 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CORPUS, noise_image
 from safetensors.torch import load_file, save_file
 
 import train
 from sonovqa import files, merging, models, tiny
 from sonovqa.cli import UserError
-from sonovqa.questions import QUESTIONS
-
-SIDES = ("cephalic, axial, occiput left", "20-25 weeks")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer) -> Path:
-    """A tiny random base model, stored in bf16 like any other."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    tiny.make_model(tokenizer, "small").to(torch.bfloat16).save_pretrained(folder)
-    tiny.make_processor(tokenizer).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Twenty-four images whose brightness decides Q2, in the stored form."""
-    from datasets import Dataset, DatasetDict, Features, Image, Value
-
-    entry = {name: Value("string") for name in ("question_id", "question", "answer", "label", "answer_type")}
-    features = Features({"image": Image(), "image_id": Value("string"), "group": Value("string"), "category": Value("string"), "questions": [entry]})
-
-    def row(i: int) -> dict:
-        data = io.BytesIO()
-        noise_image(96, 64, i).point(lambda v: v // (1 + 7 * (i % 2))).save(data, "PNG")
-        answers = {q: CORPUS[-7:][(i + k) % 7] for k, q in enumerate(QUESTIONS)} | {"Q2": SIDES[i % 2]}
-        questions = [{"question_id": q, "question": QUESTIONS[q].title, "answer": a, "label": a, "answer_type": "open"} for q, a in answers.items()]
-        return {"image": {"bytes": data.getvalue(), "path": None}, "image_id": f"A/{i}.png", "group": f"g{i}", "category": "Abdomen",
-                "questions": questions if i != 3 else questions[:1]}  # fmt: skip
-
-    folder = tmp_path_factory.mktemp("data") / "toy"
-    parts = {"train": range(16), "validation": range(16, 20), "test": range(20, 24)}
-    DatasetDict({name: Dataset.from_list([row(i) for i in rows], features=features) for name, rows in parts.items()}).save_to_disk(folder)
-    files.write_json(folder / "dataset.json", {"fingerprint": "toy"})
-    return folder
-
 
 def run(base: Path, data: Path, outputs: Path, name: str, *more: str) -> dict:
     words = ["--model", base, "--data", data, "--outputs", outputs, "--run", name, "--bits", "16", "--report-to", "none", "--lr", "0.01",
@@ -113,7 +74,7 @@ def test_report_and_single_questions_train(base, data, tmp_path):
 def test_dry_run_writes_nothing(base, data, tmp_path, capsys):
     run(base, data, tmp_path, "dry", "--dry-run")
     said = capsys.readouterr().out
-    assert "s a step" in said and "nothing was written" in said and "121 answers" not in said and "113 answers" in said.replace("\n", " ")
+    assert "s a step" in said and "nothing was written" in said and "121 answers" in said
     assert not (tmp_path / "dry" / "adapter").exists() and not (tmp_path / "dry" / "run.json").exists()
 
 

@@ -4,30 +4,39 @@
     python evaluate.py outputs/phantoms --data data/phantoms --adapter      # its base with the adapter on top
     python evaluate.py Qwen/Qwen3-VL-8B-Instruct --data data/clinic         # a base model
     python evaluate.py --endpoint http://127.0.0.1:8000/v1 --model phantoms --data data/phantoms
+    python evaluate.py outputs/phantoms --data data/phantoms --confidence   # and how likely every label of closed questions is
+    python evaluate.py outputs/phantoms --data data/phantoms --most-useful 50 --images FOLDER   # and what to label next
     python evaluate.py score answers.jsonl --data data/clinic               # answers made elsewhere
     python evaluate.py compare outputs/tiny outputs/phantoms                # paired differences
 
-It writes outputs/<run>/eval-<split>/: predictions.jsonl and blind.jsonl as answers arrive (the same command goes on
-where it stopped), then scores.json and report.html. Failed requests are asked again by the same command, never scored.
+It writes outputs/<run>/eval-<split>/: predictions.jsonl, blind.jsonl and confidence.jsonl as answers arrive (the same
+command goes on where it stopped), then scores.json and report.html. A run whose base was evaluated before on the same
+questions is set beside it. Failed requests are asked again by the same command, never scored.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import functools
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 from sonovqa import (
+    answering,
     asking,
+    bertscore,
+    calibration,
     cli,
     comparing,
+    confidence,
     dataset,
     elsewhere,
     files,
     findings,
+    metrics,
+    most_useful,
     predictions,
     provenance,
     records,
@@ -37,9 +46,11 @@ from sonovqa import (
     unscored,
 )  # fmt: skip
 from sonovqa.cli import UserError, console
-from sonovqa.questions import REPORT_ID, REPORT_PROMPTS, TASKS
+from sonovqa.questions import QUESTIONS, REPORT_ID, REPORT_PROMPTS, TASKS
 
 SPLITS = ("test", "validation", "train")
+POSITIVE = ("in_flight", "batch_images", "max_new_tokens", "max_images", "min_pixels", "max_pixels", "most_useful")
+PROMPTS = sorted({name for q in QUESTIONS.values() for name in q.prompts} | {*REPORT_PROMPTS})
 REPORT_LENGTH = 8  # a report holds eight answers
 
 
@@ -54,11 +65,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     who.add_argument("--model", "--endpoint-model", metavar="NAME", help="its name at the endpoint (unset: the only one)")
     who.add_argument("--in-flight", type=int, default=16, help="requests at once to the endpoint")
     who.add_argument("--batch-images", type=int, default=8, help="images answered together by a local model")
+    who.add_argument("--shared-prefix", action=flag, default=True, help="a local model encodes an image once for all questions")
     what = parser.add_argument_group("what is asked")
     what.add_argument("--data", type=Path, required=True, help="a folder made by prepare_dataset.py")
     what.add_argument("--split", choices=SPLITS, default="test", help="whose questions are asked")
     what.add_argument("--task", choices=TASKS, default="all", help="all questions, the combined report, or one question")
-    what.add_argument("--prompt", default="default", choices=sorted(REPORT_PROMPTS), help="name of the prompt variant")
+    what.add_argument("--prompt", default="default", choices=PROMPTS, help="name of the prompt variant")
     what.add_argument("--max-images", type=int, metavar="N", help="ask about N images only, drawn across categories")
     what.add_argument("--blind", action=flag, default=True, help="ask again with a grey image, once a prompt and image size")
     what.add_argument("--max-new-tokens", type=int, default=128, help=f"an answer's limit; a report has {REPORT_LENGTH} times it")
@@ -66,9 +78,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--max-pixels", type=int, help="upper bound of an image's pixels (unset: as trained)")
     how = parser.add_argument_group("scores and files")
     add_scoring_flags(how)
-    how.add_argument("--base", type=Path, metavar="DIR", help="evaluation of the run's base (unset: where this script writes it)")
+    how.add_argument("--base", metavar="NAME", help="model evaluated before to compare with (unset: the run's base)")
     how.add_argument("--out", type=Path, help="folder for all results (unset: outputs/<run>/eval-<split>)")
     how.add_argument("--fresh", action="store_true", help="throw away what --out holds and ask everything anew")
+    sure = parser.add_argument_group("confidence")
+    sure.add_argument("--confidence", action="store_true", help="probability of every label of closed questions")
+    sure.add_argument("--abstain-below", type=float, metavar="P", help="with --confidence: hold back answers less likely than P")
+    sure.add_argument("--most-useful", type=int, metavar="N", help="list the N images of --images to label next")
+    sure.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of images, Folder/File, for --most-useful")
     args = parser.parse_args(argv)
     check(args)
     return args
@@ -77,14 +94,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def add_scoring_flags(group) -> None:
     group.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of groups for intervals; 0: none")
     group.add_argument("--seed", type=int, default=42, help="of the resamples and of the draw of --max-images")
+    group.add_argument("--bertscore", metavar="MODEL", help="BERTScore by a model folder or downloaded hub id")
     group.add_argument("--gallery", type=int, default=200, help="most answers with their images in report.html")
     group.add_argument("--strict", action="store_true", help="exit 1 if there is any serious finding")
 
 
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once, before anything is loaded."""
-    positive = ("in_flight", "batch_images", "max_new_tokens", "max_images", "min_pixels", "max_pixels")
-    wrong = [n for n in positive if getattr(args, n) is not None and getattr(args, n) < 1]
+    wrong = [n for n in POSITIVE if getattr(args, n) is not None and getattr(args, n) < 1]
     problems = [f"--{n.replace('_', '-')} must be at least 1; it is {getattr(args, n)}" for n in wrong]
     if args.resamples < 0:
         problems.append(f"--resamples must be 0 or more; it is {args.resamples}")
@@ -94,49 +111,14 @@ def check(args: argparse.Namespace) -> None:
         problems.append(f"--model names a model at an endpoint; {args.model!r} has no --endpoint; a local one comes first, bare")
     if args.adapter and not (args.run and (Path(args.run) / "adapter").is_dir()):
         problems.append(f"--adapter needs a run with an adapter/ folder; {args.run} has none; leave --adapter out, or train one")
+    asked = [REPORT_PROMPTS] if args.task == REPORT_ID else [q.prompts for q in QUESTIONS.values() if args.task in ("all", q.id)]
+    if not all(args.prompt in prompts for prompts in asked):
+        problems.append(f"--prompt {args.prompt} is no variant of --task {args.task}; choose among its own")
+    if args.abstain_below is not None and not (args.confidence and 0 <= args.abstain_below <= 1):
+        problems.append(f"--abstain-below goes with --confidence and is a probability, 0 to 1; it is {args.abstain_below}")
+    if (args.most_useful is None) != (args.images is None):
+        problems.append("--most-useful N and --images FOLDER go together; one of them is missing")
     cli.check(problems)
-
-
-def output_folder(args: argparse.Namespace) -> Path:
-    name = args.run or args.model or re.sub(r"^https?://", "", args.endpoint)
-    slug = re.sub(r"[^\w.-]+", "-", Path(name).name if args.run else name).strip("-")
-    kind = (
-        f"eval-{args.split}"
-        + ("" if args.task == "all" else f"-{args.task}")
-        + ("-adapter" if args.adapter else "-endpoint" if args.endpoint else "")
-    )
-    root = Path(args.run) if args.run and (Path(args.run) / "run.json").exists() else Path("outputs") / slug
-    return args.out or root / kind
-
-
-def model_of(args: argparse.Namespace) -> tuple[str, Path | None]:
-    """The weights to load and the adapter to put on them."""
-    folder = Path(args.run)
-    if not (folder / "run.json").exists():
-        return args.run, None
-    if args.adapter:
-        return files.read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"], folder / "adapter"
-    if not (folder / "merged").is_dir():
-        raise UserError(f"{folder} has no merged/ weights; use --adapter, or train.py with --merge")
-    return str(folder / "merged"), None
-
-
-def settings_of(args: argparse.Namespace, about: dict) -> dict:
-    """Everything that changes an answer: predictions made under other settings are never mixed with these."""
-    who = {"endpoint": args.endpoint, "model": args.model}
-    if not args.endpoint:
-        who = {"model": args.run, "weights": identity(args), "bits": args.bits}
-    return who | {
-        "adapter": args.adapter, "data": about["fingerprint"], "split": args.split, "prompt": args.prompt,
-        "max_new_tokens": args.max_new_tokens, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels,
-    }  # fmt: skip
-
-
-def identity(args: argparse.Namespace) -> str | None:
-    """Tells a run trained anew under the same name: a hash over the weight files' names, sizes and times."""
-    folder = Path(model_of(args)[1] or model_of(args)[0])
-    found = sorted(folder.glob("*.safetensors"))
-    return files.sha256(*(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in found))[:16] if found else None
 
 
 def open_engine(args: argparse.Namespace):
@@ -150,37 +132,48 @@ def open_engine(args: argparse.Namespace):
     from sonovqa.generation import LocalEngine
     from sonovqa.models import load_for_inference
 
-    name, adapter = model_of(args)
-    return LocalEngine(*load_for_inference(name, args.bits, adapter, (args.min_pixels, args.max_pixels)), args.batch_images)
+    name, adapter = answering.model_of(args)
+    model, processor = load_for_inference(name, args.bits, adapter, (args.min_pixels, args.max_pixels))
+    return LocalEngine(model, processor, args.batch_images, args.shared_prefix)
 
 
-def ask_all(args: argparse.Namespace, out: Path, raw, items: list) -> tuple[dict, dict | None]:
+def ask_all(args: argparse.Namespace, out: Path, raw, items: list, engine) -> tuple[dict, dict | None]:
     """Ask what has no answer yet, the images' questions and then the grey ones; gives the rows of both by key."""
     sizes = asking.image_sizes(raw, sorted({item.row for item in items}))
     plans = [("predictions.jsonl", {item.key: (item, sizes[item.row]) for item in items}, False)]
     if args.blind:
         plans.append(("blind.jsonl", asking.blind_items(items, sizes), True))
     limit = args.max_new_tokens * (REPORT_LENGTH if args.task == REPORT_ID else 1)
-    todo = {name: _unanswered(out / name, asked) for name, asked, _ in plans}
-    if any(todo.values()):
-        started = time.perf_counter()
-        engine = open_engine(args)
-        loaded = time.perf_counter() - started
-        for name, asked, blind in plans:
-            open_asked = {key: asked[key] for key in todo[name]}
-            if blind:
-                requests = asking.blind_requests(open_asked, asking.mean_grey(raw))
-            else:
-                requests = asking.requests(raw, [item for item, _ in open_asked.values()])
-            asking.ask(engine, requests, open_asked, out / name, limit, blind, loaded)
+    for name, asked, blind in plans:
+        done = predictions.latest(predictions.read(out / name))
+        todo = {key: value for key, value in asked.items() if key not in done or done[key]["error"] is not None}
+        if todo and blind:
+            requests = asking.blind_requests(todo, asking.mean_grey(raw))
+        else:
+            requests = asking.requests(raw, [item for item, _ in todo.values()])
+        if todo:
+            asking.ask(engine()[0], requests, todo, out / name, limit, blind, engine()[1])
     rows = {name: predictions.latest(predictions.read(out / name)) for name, _, _ in plans}
     answered = {key: rows["predictions.jsonl"][key] for key in plans[0][1]}
     return answered, rows.get("blind.jsonl")
 
 
-def _unanswered(path: Path, asked: dict) -> list:
-    done = predictions.latest(predictions.read(path))
-    return [key for key in asked if key not in done or done[key]["error"] is not None]
+def weigh(args: argparse.Namespace, out: Path, raw, items: list, labels: confidence.Labels, engine, scores: dict, rows: list):
+    """Weigh the labels of closed questions that have no probabilities yet, and score them all; gives findings."""
+    wordings = {item.key: labels.of(item) for item in items if labels.of(item)}
+    if not wordings:
+        closed = ", ".join(confidence.CLOSED)
+        raise UserError(f"--confidence; --task {args.task} asks no closed question; {closed} are; choose another --task")
+    path = out / "confidence.jsonl"
+    done = confidence.read(path)
+    todo = {key: texts for key, texts in wordings.items() if key not in done}
+    if todo:
+        asked = confidence.requests(raw, [item for item in items if item.key in todo], labels)
+        confidence.weigh(confidence.engine_of(engine()[0]), asked, todo, path)
+    told = {key: row for key, row in confidence.read(path).items() if key in wordings}
+    draws = metrics.Resamples([row["group"] for row in rows], args.resamples, args.seed)
+    calibration.add(scores, rows, told, args.abstain_below, draws)
+    return calibration.find(scores, len(wordings), len(told))
 
 
 def evaluate(argv: list[str]) -> int:
@@ -191,36 +184,42 @@ def evaluate(argv: list[str]) -> int:
     splits = dataset.load_undecoded(args.data)
     about = files.read_json(args.data / "dataset.json")
     raw = splits[args.split] if args.max_images is None else dataset.subset(splits[args.split], args.max_images, args.seed)
-    items = asking.items_of(raw, args.task, args.prompt)
+    items, train = (asking.items_of(split, args.task, args.prompt) for split in (raw, splits["train"]))
     if not items:
         asked = f"--task {args.task} on the {args.split} split of {args.data}"
         raise UserError(f"nothing to ask; {asked}; answered questions are needed; choose another --task or --split")
-    out = output_folder(args)
-    predictions.claim(out, settings_of(args, about), args.fresh)
-    rows, blind = ask_all(args, out, raw, items)
-    train = asking.items_of(splits["train"], args.task, args.prompt)
+    base = answering.base_folder(args, records.read_run(Path(args.run)) if args.run else None, about)
+    wording = bertscore.wording(args.bertscore)
+    out = answering.output_folder(args)
+    predictions.claim(out, answering.settings_of(args, about), args.fresh)
+    engine = functools.cache(lambda: asking.timed(open_engine, args))  # loaded if and when it is needed
+    by_key, blind = ask_all(args, out, raw, items, engine)
+    rows, labels = list(by_key.values()), confidence.Labels(train)
     baselines = replace(scoring.without_blind(train, items), blind=blind)
-    scores = scoring.score(list(rows.values()), baselines, args.resamples, args.seed)
+    scores = scoring.score(rows, baselines, args.resamples, args.seed, wording)
+    unsure = weigh(args, out, raw, items, labels, engine, scores, rows) if args.confidence else []
     scores |= {
         "speed": asking.speed(out), "wall_seconds": round(time.perf_counter() - started, 3),
         "data": {"path": str(args.data), "fingerprint": about["fingerprint"], "split": args.split, "images": len(raw)},
     }  # fmt: skip
-    found = [*findings.find(scores, list(rows.values())), *known_of(args, about, raw, rows)]
-    return finish(args, out, scores, found, list(rows.values()), raw)
+    below = provenance.beside_base(scores, by_key, base, args.split, args.resamples, args.seed) if base else []
+    found = [*findings.find(scores, rows), *known_of(args, about, raw), *below, *unsure]
+    status = finish(args, out, scores, found, rows, raw)
+    if args.most_useful:
+        new = most_useful.unannotated(args.images, splits)
+        ranked = most_useful.rank(engine, new, labels, args.prompt, out / "unannotated.jsonl")[: args.most_useful]
+        most_useful.write(out / "most-useful.csv", ranked)
+        most_useful.show(ranked, out / "most-useful.csv", console)
+    return status
 
 
-def known_of(args: argparse.Namespace, about: dict, raw, rows: dict) -> list[findings.Finding]:
+def known_of(args: argparse.Namespace, about: dict, raw) -> list[findings.Finding]:
     """What the data set's and the run's own records say against these scores."""
     found = [*provenance.leaks_of_data(about, args.split)]
     run = records.read_run(Path(args.run)) if args.run else None
     if run is not None:
         found += provenance.seen_in_training(run, about, args.split, raw)
         found += provenance.unlike_training(run, args.prompt, args.task, (args.min_pixels, args.max_pixels))
-        base = args.base or output_folder(
-            argparse.Namespace(**vars(args) | {"run": run["arguments"]["model"], "out": None, "adapter": False})
-        )
-        if args.base or comparing.same_questions(base, settings_of(args, about)):
-            found += provenance.below_base(rows, comparing.load(base, args.split), str(base), args.resamples, args.seed)
     return found
 
 
@@ -259,9 +258,10 @@ def score(argv: list[str]) -> int:
         found = unscored.report(joined, out / "scores.json", console)
         return 1 if args.strict and any(f.serious for f in found) else 0
     items, train, raw = elsewhere.references(args.data, args.split, args.group_column)
+    wording = bertscore.wording(args.bertscore)
     joined = elsewhere.join(rows, items)
     elsewhere.list_unmatched(joined, console)
-    scores = scoring.score(joined.rows, scoring.without_blind(train, items), args.resamples, args.seed)
+    scores = scoring.score(joined.rows, scoring.without_blind(train, items), args.resamples, args.seed, wording)
     scores |= {"unmatched": joined.unmatched, "missing": joined.missing}
     predictions.write(out / "predictions.jsonl", joined.rows)
     return finish(args, out, scores, findings.find(scores, joined.rows) + elsewhere.find(joined), joined.rows, raw)
@@ -282,6 +282,8 @@ def compare(argv: list[str]) -> int:
     made = [comparing.compare(found[0], other, args.resamples, args.seed) for other in found[1:]]
     for name, one in zip(args.runs[1:], made, strict=True):
         comparing.show(one, str(args.runs[0]), str(name), console)
+    if speeds := comparing.speeds(args.runs, args.split):
+        console.print(scoretable.speed_table(speeds))
     if args.out:
         comparing.write(args.out, [str(run) for run in args.runs], made)
     return 0

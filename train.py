@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
 
-from sonovqa import cli, records
+from sonovqa import cli, memory, records, resuming
 from sonovqa.cli import UserError, console
 from sonovqa.questions import TASKS
 
@@ -77,7 +78,10 @@ def main(argv: list[str] | None = None) -> None:
     console.quiet = int(os.environ.get("RANK", 0)) > 0  # of several processes one prints
     args = parse(argv)
     check(args)
-    folder = name_run(args)
+    folder, settings = name_run(args), resuming.settings(args)
+    resuming.check_same(folder, settings)
+    if args.resume and not args.dry_run and finished_training(args, folder):
+        return
     loaded, base = load(args)
     model = adapt(args, loaded)
     splits, encoder = read_data(args, loaded, model)
@@ -86,13 +90,15 @@ def main(argv: list[str] | None = None) -> None:
     print_plan(args, base, loaded, model, plans)
     if args.dry_run:
         return time_steps(args, trainer)
-    started = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=resume_from(args, folder))
+    resuming.start(folder, settings)
+    trainer.train(resume_from_checkpoint=resume_from(args, folder))
+    if progress.stopped:
+        raise KeyboardInterrupt
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         from sonovqa import finishing
 
-        record = finishing.record(args, base, loaded, trainer, plans["train"], progress.curve, outcome, time.perf_counter() - started)
+        record = finishing.record(args, base, loaded, trainer, plans["train"], progress)
         finishing.finish(args, folder, loaded, trainer, record, progress.tracking)
 
 
@@ -119,11 +125,27 @@ def name_run(args: argparse.Namespace) -> Path:
     model = Path(args.model).name.lower()
     args.run = args.run or f"{model}-{args.data.name}-{args.task}"
     folder = (args.outputs / args.run).resolve()
-    if records.read_run(folder) and not args.dry_run and not args.resume:
+    if args.dry_run:
+        return folder
+    stage = resuming.stage(folder)
+    if stage == "finished" and not args.resume:
         raise UserError(f"--run {args.run}; {folder} holds a finished run; it is never overwritten; choose another --run or delete it")
-    if (folder / "checkpoints").exists() and not args.resume and not args.dry_run:
+    if stage != "new" and not args.resume:
         raise UserError(f"--run {args.run}; {folder} holds an unfinished run; add --resume to go on, or delete it")
     return folder
+
+
+def finished_training(args: argparse.Namespace, folder: Path) -> bool:
+    """Whether no step is left to take; a run that was stopped while merging is finished here."""
+    stage = resuming.stage(folder)
+    if stage == "finished":
+        console.print(f"{folder} is finished; nothing is left to do"
+                      + ("" if not args.merge or (folder / "merged").is_dir() else f"; merge it with python -m sonovqa.merging {folder}"))  # fmt: skip
+    elif stage == "trained" and int(os.environ.get("RANK", 0)) == 0:
+        from sonovqa import finishing
+
+        finishing.go_on(args, folder)
+    return stage in ("finished", "trained")
 
 
 def load(args: argparse.Namespace):
@@ -133,6 +155,9 @@ def load(args: argparse.Namespace):
     if backend == "unsloth":
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
     base = models.locate(args.model)
+    rank = 0 if args.full else args.rank
+    wanted = memory.Training(rank, args.batch, args.max_pixels, args.optimizer, args.checkpointing, args.merge)
+    memory.check_training(base, args.bits, wanted)
     console.print(f"loading {args.model} in {args.bits} bits with {backend}: {why}")
     loaded = models.load_for_training(base, args.bits, (args.min_pixels, args.max_pixels), args.backend, args.checkpointing)
     return loaded, base
@@ -187,13 +212,13 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
         seed=args.seed, data_seed=args.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
         gradient_checkpointing=args.checkpointing and cuda, logging_steps=args.log_every, disable_tqdm=True, report_to="none",
         eval_strategy="steps" if validate else "no", eval_steps=args.eval_every, save_strategy="no" if args.dry_run else "steps", save_steps=args.eval_every,
-        save_total_limit=2, load_best_model_at_end=validate, metric_for_best_model="eval_loss" if validate else None,
+        restore_callback_states_from_checkpoint=True, load_best_model_at_end=validate, metric_for_best_model="eval_loss" if validate else None,
         dataloader_num_workers=workers, dataloader_persistent_workers=workers > 0, remove_unused_columns=False, max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=not cuda, ddp_find_unused_parameters=False,
     )  # fmt: skip
     tracking = start_tracking(args) if int(os.environ.get("RANK", 0)) == 0 and not args.dry_run else None
     progress = training.Progressing(plans["train"].questions, plans["train"].tokens, tracking)
-    callbacks = [progress, training.WholeCheckpoints()]
+    callbacks = [progress]
     if args.patience and validate:
         callbacks.append(EarlyStoppingCallback(args.patience))
     rows = {name: Dataset.from_list(made.items) for name, made in plans.items()}
@@ -250,13 +275,16 @@ def time_steps(args: argparse.Namespace, trainer) -> None:
 
 
 def resume_from(args: argparse.Namespace, folder: Path) -> str | None:
-    from sonovqa.training import last_checkpoint
-
-    found = last_checkpoint(folder / "checkpoints")
+    found = resuming.last_checkpoint(folder / "checkpoints")
     if args.resume:
-        console.print(f"going on from {found}" if found else "no whole checkpoint yet: starting at step 0")
-    return found
+        console.print(f"going on from {found}" if found else "no whole checkpoint yet: starting at step 0", soft_wrap=True)
+    return str(found) if found else None
+
+
+def how_to_go_on() -> str:
+    words = [word for word in sys.argv if word != "--resume"]
+    return f"go on with: python {shlex.join([*words, '--resume'])}"
 
 
 if __name__ == "__main__":
-    cli.run(main, resume=f"add --resume: python {' '.join(sys.argv)} --resume")
+    cli.run(main, resume=how_to_go_on())

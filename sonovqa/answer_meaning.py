@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -50,27 +51,41 @@ def _tables(question_id: str) -> dict[str, dict[str, Iterable[str]]]:
     """Kind -> {canonical name: wordings} of what one question can be answered with."""
     v = VOCABULARY
     if question_id == "Q1":
-        return {"structure": named(v["structures"]), "together": {name: [name] for name in v["together"]["structure"]}}
+        several = {kind: {name: [name] for name in v[kind]["structure"]} for kind in ("together", "ambiguous")}
+        return {"structure": named(v["structures"]), **several}
     if question_id == "Q2":
-        return {kind: named(table) for kind, table in v["orientation"].items() if kind not in ("either", "between")}
+        tables = {kind: named(table) for kind, table in v["orientation"].items() if kind not in ("either", "between")}
+        return tables | {"view": _sections(tables["view"])}
     if question_id == "Q3":
         planes = v["planes"].items()
         return {
-            "plane": named({plane: entry["names"] for plane, entry in planes}),
+            "plane": _sections(named({plane: entry["names"] for plane, entry in planes})),
             "level": {plane: entry.get("levels", ()) for plane, entry in planes},
-            "family": named(v["families"]),
-            "finer": named({name: entry["names"] for name, entry in v["subfamilies"].items()}),
+            "family": _sections(named(v["families"])),
+            "finer": _sections(named({name: entry["names"] for name, entry in v["subfamilies"].items()})),
             "standard": v["standard"],
             "structure": named(v["structures"]),
             "region": {text: [text] for _, entry in planes for text in entry.get("regions", ())},
         }
     if question_id == "Q4":
-        return {"parameter": named(v["parameters"]), "together": {name: [name] for name in v["together"]["parameter"]}}
+        together = {name: [name] for name in v["together"]["parameter"]}
+        return {"parameter": named(v["parameters"]), "together": together, "measured": v["measured"]}
     if question_id == "Q6":
         return {"level": named(v["quality"])} | {kind: {kind: words} for kind, words in v["quality_words"].items()}
     if question_id == "Q7":
-        return {"verdict": named(v["normality"]), "finding": named(v["findings"]), "deviation": {"": v["deviations"]["words"]}}
+        words = {"deviation": {"": v["deviations"]["words"]}, "sign": {"": v["normal_signs"]["words"]}}
+        return {"verdict": named(v["normality"]), "finding": named(v["findings"]), **words}
     return {"action": named(v["actions"])}
+
+
+def _sections(table: dict[str, Iterable[str]]) -> dict[str, Iterable[str]]:
+    """A table with "AC section", "AC cut" … wherever it has "AC plane"."""
+    words = VOCABULARY["plane_words"]["words"]
+    more = {name: [text.rpartition(" ") for text in texts] for name, texts in table.items()}
+    return {
+        name: [*texts, *(f"{head} {word}" for head, _, last in more[name] if head and last in words for word in words)]
+        for name, texts in table.items()
+    }
 
 
 @functools.cache
@@ -89,7 +104,9 @@ def terms(question_id: str) -> Terms:
     beside = {text for table in others for texts in named(table).values() for text in texts} - own
     if question_id in ("Q2", "Q3", "Q4"):
         tables["none"] = {NOT_ASSESSABLE: VOCABULARY["not_assessable"]["words"]}
-    return Terms(tables, beside, VOCABULARY["normality"]["unclear"] if question_id == "Q7" else ())
+    doubts = VOCABULARY["normality"]["unclear"] if question_id == "Q7" else ()
+    relations = VOCABULARY["plane_relations"]["words"] if question_id == "Q3" else ()
+    return Terms(tables, beside, {"hedge_before": doubts, "hedge_after": doubts, "mention_before": relations})
 
 
 @functools.cache
@@ -113,7 +130,7 @@ def bin_of(weeks: tuple[float, float]) -> str:
     middle, edges = sum(weeks) / 2, AGE["bins"]
     if middle < edges[0]:
         return f"under {edges[0]}"
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         if middle < high:
             return f"{low}-{high}"
     return f"{edges[-1]}+"

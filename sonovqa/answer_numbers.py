@@ -59,8 +59,10 @@ class Found(NamedTuple):
 
 
 def _either(words) -> str:
-    """A regular expression for any of the words, the longest first, each ending at a word's end."""
-    return "(?:" + "|".join(re.escape(w) + (r"\b" if w[-1].isalnum() else "") for w in sorted(words, key=len, reverse=True)) + ")"
+    """A regular expression for any of the words, the longest first, each ending at a word's end; "-" is as good as " "."""
+    longest = sorted(words, key=len, reverse=True)
+    either = "|".join(re.escape(w).replace(r"\ ", "[ -]") + (r"\b" if w[-1].isalnum() else "") for w in longest)
+    return f"(?:{either})"
 
 
 @functools.cache
@@ -73,7 +75,7 @@ def _pattern(name: str) -> re.Pattern:
     patterns = {
         "spelt": rf"\b(?:(?P<tens>twenty|thirty|forty)[ -]+)?(?P<one>{_either(AGE['numbers'])})",
         "point": rf"{_FREE}(\d{{1,2}}) ?(?:"
-        rf"(?:{_WEEK})? ?\+ ?0?([0-6])(?![\d.])(?: ?{_DAY})?(?: ?/ ?7)?"  # 12w+4d, 12+4, 12+4/7
+        rf"(?:{_WEEK})? ?\+ ?0?([0-6])(?!\d|\.\d)(?: ?{_DAY})?(?: ?/ ?7)?"  # 12w+4d, 12+4, 12+4/7
         rf"|{_WEEK} ?(?:and|,)? ?0?([0-6]) ?(?:/ ?7 ?)?{_DAY}"  # 12 weeks and 4 days
         rf"|w ?0?([0-6])(?!\d)(?: ?{_DAY})?"  # 12w4
         r"|[ -]([1-6]) ?/ ?7)",  # 12 4/7
@@ -85,6 +87,7 @@ def _pattern(name: str) -> re.Pattern:
         r"(?P<less> or (?:less|earlier|below|younger)\b)?",
         "sign": rf"(?:{less}|{more}) ?(?:the )?$",
         "not_after": rf"(?<!\w){_either(AGE['not_after'])}(?: {_either(AGE['between'])})* ?$",
+        "not_after_round": rf"(?<!\w){_either(AGE['not_after_round'])}(?: {_either(AGE['between'])})* ?$",
         "not_before": rf"^ ?(?:{_either(AGE['between'])} )*{_either(AGE['not_before'])}",
         "cue": rf"{_either(AGE['cues'])}[^.;]{{0,40}}$",
         "qualifier": rf"\b{_either([*AGE['approximate'], *AGE['cues'], *AGE['less'], *AGE['more'], 'of', 'is', 'the', 'at'])}",
@@ -138,10 +141,14 @@ def ages(text: str) -> list[Found]:
     """
     found = []
     for match in _pattern("age").finditer(text):
-        before, after = _SENTENCE.split(text[: match.start()])[-1], _SENTENCE.split(text[match.end() :])[0]
+        closed = match.end() - match[0].endswith(".")  # "25 weeks." ends the sentence
+        before, after = _SENTENCE.split(text[: match.start()])[-1], _SENTENCE.split(text[closed:])[0]
         sign = _pattern("sign").search(before)
         start = match.start() - (len(sign[0]) if sign else 0)
-        if _another(before[: len(before) - match.start() + start], after) or not _said(match, text):
+        before = before[: len(before) - match.start() + start]
+        exact = "@" in match["low"] and not match["high"]
+        appointed = not exact and _pattern("not_after_round").search(before)
+        if appointed or _another(before, after) or not _said(match, text):
             continue
         low, high = _weeks(match["low"]), _weeks(match["high"] or match["low"])
         if (sign and sign["less"]) or match["less"]:

@@ -14,6 +14,9 @@ from sonovqa.answer_numbers import AGE, Found, Quantity, age, digits, quantities
 from sonovqa.answer_scope import Span, asserted
 from sonovqa.answer_words import VOCABULARY, clean
 
+#: What may stand between a structure and the length that makes it a parameter.
+_GAP = re.compile(r"[\s:=(~]*(?:(?:is|was|of|at|about|approx|approximately|measures|measured|measuring)\b[\s:=(~]*){0,2}")
+
 
 def _none(spans: list[Span]) -> Meaning | None:
     """The meaning of "cannot be determined", if that is what is said."""
@@ -45,7 +48,7 @@ def read_orientation(text: str) -> Meaning | None:
             said["view"].add(view)
     if len(said["presentation"]) > 1:
         said["presentation"].discard("longitudinal lie")
-    said["view"] = {v for v in said["view"] if not any(_words(v) < _words(other) for other in said["view"])}
+    said["view"] = _finest(said["view"])
     sides = _sides(spans)
     chosen = {kind: next(iter(names)) for kind, names in said.items() if len(names) == 1}
     if sides:
@@ -55,9 +58,10 @@ def read_orientation(text: str) -> Meaning | None:
     return single(key, parts) if parts else None if any(said.values()) else _none(spans)
 
 
-def _words(name: str) -> set[str]:
-    """The words of a name: those of "axial" are among those of "axial upper abdomen", which says more."""
-    return set(name.replace("-", " ").split())
+def _finest(names: set[str]) -> set[str]:
+    """The names without those that another says too, and more: "axial" beside "axial upper abdomen"."""
+    words = {name: set(name.replace("-", " ").split()) for name in names}
+    return {name for name in names if not any(words[name] < words[other] for other in names)}
 
 
 def _sides(spans: list[Span]) -> dict[str, str]:
@@ -78,7 +82,8 @@ def _sides(spans: list[Span]) -> dict[str, str]:
     counts: dict[str, set[str]] = {}
     for anchor, direction in pairs:
         counts.setdefault(anchor, set()).add(direction)
-    return {anchor: next(iter(found)) for anchor, found in counts.items() if len(found) == 1}
+    finest = {anchor: _finest(found) for anchor, found in counts.items()}  # of "left (LOT)", "maternal left" has both
+    return {anchor: next(iter(found)) for anchor, found in finest.items() if len(found) == 1}
 
 
 def read_plane(text: str) -> Meaning | None:
@@ -104,11 +109,13 @@ def _plane(named: list[str], finer: list[str], families: list[str], spans: list[
         return named[0], planes[named[0]]["family"]
     if named:
         families = [planes[plane]["family"] for plane in named]
+    akin = VOCABULARY["families_akin"]
+    families = [family for family in families if akin.get(family) not in families]  # "long axis, sagittal" is sagittal
     if len(set(families)) != 1:
         return None, None
     family = families[0]
     regions = [] if named or "parasagittal" in finer else [s.kinds["region"] for s in asserted(spans, "region")]
-    for of in (family, VOCABULARY["families_akin"].get(family)):
+    for of in (family, akin.get(family)):
         for region in regions:
             for plane, entry in planes.items():
                 if entry["family"] == of and region in entry.get("regions", ()):
@@ -126,24 +133,33 @@ def read_measurements(text: str) -> Meaning | None:
 
 
 def list_spans(question_id: str, text: str) -> list[Span]:
-    """Spans of Q1, Q4 or Q8 without terms that are none here.
+    """Spans of Q1, Q4 or Q8 without terms that are none here, and with those that are one only here.
 
-    Those are Q4's units (the CM of "17.5 CM") and Q8's general actions that a more exact one follows at once
-    ("follow-up anomaly scan").
+    None are units (the CM of "17.5 CM") and Q8's general actions that a more exact one follows at once ("follow-up
+    anomaly scan"). A bone is a parameter of Q4 where its length follows; an abbreviation is what its neighbours say.
     """
     spans = terms(question_id).spans(text)
-    numbers = quantities(text) if question_id == "Q4" else ()
+    numbers = quantities(text) if question_id in ("Q1", "Q4") else ()
+    named_here = {name for span in spans for name in names_of("structure", span)}
     for at, span in enumerate(spans):
         unit = any(number.start < span.start < number.end for number in numbers)
         general = span.kinds.get("action") in VOCABULARY["actions_generic"]["names"]
         if unit or (general and at + 1 < len(spans) and "action" in spans[at + 1].kinds):
             span.kinds = {}
+        elif "ambiguous" in span.kinds:
+            either = VOCABULARY["ambiguous"]["structure"][span.kinds["ambiguous"]]
+            fitting = [name for name, neighbours in either.items() if not named_here.isdisjoint(neighbours)]
+            span.kinds = {"structure": fitting[0]} if len(fitting) == 1 else {}
+        elif "measured" in span.kinds and "parameter" not in span.kinds:
+            length = any(n.value.unit == "mm" and _GAP.fullmatch(text[span.end : n.start]) for n in numbers)
+            span.kinds = {"parameter": span.kinds["measured"]} if length else {}
     return spans
 
 
 def _values(text: str, named: list[tuple[str, Span]], numbers: list[Found]) -> tuple[Quantity, ...]:
     """Each quantity with the parameter before it in its sentence, else the one right after ("a 2.3 mm NT")."""
     given: dict[str, Quantity] = {}
+    numbers = [number for number in numbers if number.value.unit not in ("week", "day", "minute")]  # "BPD 72 mm (28w6d)"
     together = re.search(r"\brespectively\b", text)
     for number in numbers:
         before = [n for n, s in named if s.end <= number.start and not re.search(r"[;!?]|\.(?!\d)", text[s.end : number.start])]
@@ -167,7 +183,7 @@ def read_age(text: str) -> Meaning | None:
 def read_quality(text: str) -> Meaning | None:
     """Q6: good, medium or low: what is said of the image as a whole, else what all its aspects agree on."""
     spans = terms("Q6").spans(text)
-    ranked: dict[tuple[int, bool], set[str]] = {}  # what is denied says less than what is said
+    ranked: dict[tuple[float, bool], set[str]] = {}  # what is denied says less than what is said
     for at, span in enumerate(spans):
         if "level" not in span.kinds or span.status & {"mention", "maybe"}:
             continue
@@ -181,15 +197,23 @@ def read_quality(text: str) -> Meaning | None:
     return single(next(iter(said))) if len(said) == 1 else None
 
 
-def _quality_rank(spans: list[Span], at: int) -> int:
-    """3 said overall, 2 said of the quality or the image, 1 said alone, 0 of an aspect, -1 of something where much is bad."""
+def _quality_rank(spans: list[Span], at: int) -> float:
+    """3 said overall, 2 said of the quality or the image, 1 said alone, 0 of an aspect, -1 of something where much is bad.
+
+    A verdict that opens the answer and is set off ("Poor: …") comes next to "overall"; a mere flaw ("but grainy") comes
+    half a step below a verdict on the same thing.
+    """
     first, last = at, at + 1
     while first and not _ends_rank(spans[first - 1], ()):
         first -= 1
     while last < len(spans) and not _ends_rank(spans[last], ("with", "and")):
         last += 1
     kinds = {kind for span in spans[first:last] for kind in span.kinds}
-    return 3 if "overall" in kinds else 2 if "subject" in kinds else -1 if "inverse" in kinds else 0 if "aspect" in kinds else 1
+    set_off = len(spans) > 2 and spans[1].text in (":", "-", ".", ";") and "level" not in spans[2].kinds  # not "low - medium"
+    if not at and set_off:
+        return 2.5
+    rank = 3 if "overall" in kinds else 2 if "subject" in kinds else -1 if "inverse" in kinds else 0 if "aspect" in kinds else 1
+    return rank - 0.5 * ("flaw" in spans[at].kinds and rank > 0)
 
 
 def _ends_rank(span: Span, words: tuple[str, ...]) -> bool:
@@ -206,7 +230,8 @@ def read_normality(text: str) -> Meaning | None:
     for verdict in ("abnormal", "doubted", "normal", "unclear"):
         if verdict in said:
             return single("unclear" if verdict == "doubted" else verdict)
-    return None
+    signs = [s.status for s in spans if "sign" in s.kinds and not s.status & {"mention", "maybe"}]
+    return single("abnormal" if any("no" in status for status in signs) else "normal") if signs else None
 
 
 def _ends_phrase(spans: list[Span], span: Span) -> bool:

@@ -13,6 +13,7 @@ from sonovqa.answer_words import fillers
 #: Kinds of cues, as the vocabulary's table ``negation`` names them.
 CUES = (
     "before", "after", "hedge_before", "hedge_after", "mention_before", "whole_clause", "neutral", "terminators", "predicates",
+    "past", "now",
 )  # fmt: skip
 
 _STATUS = {"no": ("before", "after"), "maybe": ("hedge_before", "hedge_after"), "mention": ("mention_before", None)}
@@ -45,6 +46,7 @@ def mark(spans: list[Span], content: tuple[str, ...]) -> None:
     A clause ends at a full stop, semicolon or a word such as "but". Before-cues reach forward and after-cues back over
     one item or one list ("no stomach, kidney or bladder"); a comma ends the reach unless a conjunction closes the list.
     """
+    _mark_past(spans, content)
     clause: list[Span] = []
     for span in [*_without_asides(spans, content), Span(".", {}, 0, 0)]:
         if span.text in (".", ";", "!", "?") or "terminators" in span.kinds:
@@ -52,6 +54,22 @@ def mark(spans: list[Span], content: tuple[str, ...]) -> None:
             clause = []
         else:
             clause.append(span)
+
+
+def _mark_past(spans: list[Span], content: tuple[str, ...]) -> None:
+    """Mark as mere mention what "was so", where the same sentence goes on to what is so now."""
+    past: list[Span] | None = None
+    for span in spans:
+        if span.text in (".", ";", "!"):
+            past = None
+        elif "past" in span.kinds:
+            past = []
+        elif "now" in span.kinds and past:
+            for earlier in past:
+                earlier.status.add("mention")
+            past = None
+        elif past is not None and not set(span.kinds).isdisjoint(content):
+            past.append(span)
 
 
 def _without_asides(spans: list[Span], content: tuple[str, ...]) -> list[Span]:
@@ -83,14 +101,18 @@ def _mark_clause(clause: list[Span], content: tuple[str, ...]) -> None:
             if after in span.kinds and ahead and ahead[0].text == ":":  # "not seen: kidneys, bladder"
                 for item in ahead:
                     item.status.add(status)
-            elif before in span.kinds and not _reach(ahead, content, False, status):
-                if not ahead or ahead[0].text in (",", ")"):  # "kidneys: no", "the bladder is not, which …"
-                    _reach(back, content, True, status)
+            elif before in span.kinds and not _reach(ahead, content, False, status) and _stands_last(ahead):
+                _reach(back, content, True, status)
+
+
+def _stands_last(ahead: list[Span]) -> bool:
+    """Whether a cue closes its phrase: "kidneys: no", "the bladder is not, which …"."""
+    return not ahead or ahead[0].text in (",", ")")
 
 
 def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str) -> bool:
     """Mark the item or list nearest to a cue; ``spans`` run away from it. Returns whether anything was marked."""
-    closing = ("and", "or", "nor", "&", "/") if back else ("or", "nor", "/")
+    closing = ("and", "or", "nor", "&", "/")
     marked = closed = False
     free = _REACH  # unknown words that may still be passed
     for at, span in enumerate(spans):
@@ -100,13 +122,16 @@ def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str)
             span.status.add(status)
             marked, free = True, 1 if back else 0
         elif span.text in _JOINING:
-            closed, free = closed or span.text in closing, _REACH
+            closed, free = closed or (marked and span.text in closing), _REACH  # not the "and" of "kidney small and not seen"
         elif span.text in (",", "(", ")"):
             if not at and not back:  # the "no" of "No, …" answers; it denies nothing
                 break
-            if marked and not closed and (back or not _list_goes_on(spans[at + 1 :], content)):
+            passed = marked if back else marked or free < _REACH  # "no ascites, stomach seen" denies no stomach
+            if passed and not (closed if back else _list_goes_on(spans[at + 1 :], content)):
                 break
             free = _REACH
+        elif back and marked and span.text == ":":  # a heading: "non-standard plane: sagittal is not true"
+            break
         elif not set(span.kinds).isdisjoint(("predicates", "before", "after")):
             if marked or "predicates" not in span.kinds:
                 break

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from sonovqa.answer_scope import CUES, Span, mark
-from sonovqa.answer_words import TOKEN, VOCABULARY, clean, inside_words, word
+from sonovqa.answer_words import TOKEN, VOCABULARY, clean, inside_words, known_words, word
 
 
 class Terms:
@@ -15,18 +15,21 @@ class Terms:
         tables: kind -> {canonical name: wordings}. A wording may belong to several kinds but, within a kind, to one
             name only.
         beside: terms that are no content but keep their words from being read as shorter terms.
-        doubts: terms that cast doubt on what stands before or after them.
+        more_cues: kind of cue -> terms that are such cues in this question only.
 
     Raises:
         ValueError: if one wording stands for two names of a kind.
     """
 
-    def __init__(self, tables: dict[str, dict[str, Iterable[str]]], beside: Iterable[str] = (), doubts: Iterable[str] = ()):
+    def __init__(
+        self,
+        tables: dict[str, dict[str, Iterable[str]]],
+        beside: Iterable[str] = (),
+        more_cues: dict[str, Iterable[str]] | None = None,
+    ):
         self._first: dict[str, dict[tuple[str, ...], dict[str, str]]] = {}
         self.content = tuple(tables)
-        cues = {kind: {kind: VOCABULARY["negation"][kind]} for kind in CUES}
-        for kind in ("hedge_before", "hedge_after"):
-            cues[kind][kind] = [*cues[kind][kind], *doubts]
+        cues = {kind: {kind: [*VOCABULARY["negation"][kind], *(more_cues or {}).get(kind, ())]} for kind in CUES}
         for kind, table in {**tables, **cues, "beside": {"beside": beside}}.items():
             for name, wordings in table.items():
                 for text in wordings:
@@ -34,7 +37,7 @@ class Terms:
         self._longest = {first: max(map(len, rest)) for first, rest in self._first.items()}
 
     def _add(self, kind: str, name: str, text: str) -> None:
-        words = tuple(word(w) for w in TOKEN.findall(clean(text)) if w != "-")
+        words = tuple(w for w, _, _ in _tokens(clean(text)) if w != "-")
         words = tuple(w for at, w in enumerate(words) if not at or w not in inside_words())
         kinds = self._first.setdefault(words[0], {}).setdefault(words, {})
         if kinds.setdefault(kind, name) != name:
@@ -42,7 +45,7 @@ class Terms:
 
     def spans(self, text: str) -> list[Span]:
         """The cleaned text as spans from left to right, each marked with what negation and doubt do to it."""
-        tokens = [(word(m[0]), m.start(), m.end()) for m in TOKEN.finditer(text)]
+        tokens = _tokens(text)
         found, at = [], 0
         while at < len(tokens):
             size, kinds = self._match(tokens, at)
@@ -68,6 +71,18 @@ class Terms:
             if tuple(words) in rest:
                 best = (position - at, rest[tuple(words)])
         return best
+
+
+def _tokens(text: str) -> list[tuple[str, int, int]]:
+    """The words of cleaned text with their offsets; "re" makes one with the next where that is a known word ("re measure")."""
+    tokens: list[tuple[str, int, int]] = []
+    for found in TOKEN.finditer(text):
+        plain = word(found[0])
+        tokens.append((plain, found.start(), found.end()))
+        prefix = 3 if len(tokens) > 2 and tokens[-2][0] == "-" else 2
+        if len(tokens) >= prefix and tokens[-prefix][0] == "re" and word(f"re{plain}") in known_words():
+            tokens[-prefix:] = [(word(f"re{plain}"), tokens[-prefix][1], found.end())]
+    return tokens
 
 
 def _glued(tokens: list[tuple[str, int, int]], at: int) -> bool:

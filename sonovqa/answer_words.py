@@ -22,14 +22,22 @@ SPELLING: dict[str, str] = {other: right for right, others in VOCABULARY["spelli
 _PLAIN = str.maketrans(dict(zip("’‘“”–—‐‑−_", "''\"\"----- ", strict=True)))
 _JOINED = re.compile(rf"\b(?:{'|'.join(sorted(VOCABULARY['joined'], key=len, reverse=True))})\b")
 _BULLET = re.compile(r"^\s*(?:[-*•·]\s+(?![\d\s])|\d+[.)]\s+)", re.MULTILINE)
+_DOTTED = re.compile(
+    rf"\b(?:{'|'.join(VOCABULARY['abbreviated']['words'])})\.|\blong\.(?= (?:{'|'.join(VOCABULARY['abbreviated']['long'])})\b)"
+)
 
 
 def one_line(text: str) -> str:
-    """Text on one line: ``;`` for blank lines, and for every line end of a bulleted or numbered list; else single blanks."""
-    lines = [_BULLET.sub("", line) for line in str(text).strip().splitlines()]
-    if _BULLET.search(str(text)):
+    """Text on one line: ``;`` for blank lines, and for every line end of a bulleted or numbered list; else single blanks.
+
+    A dash that happens to begin one line of running text is no bullet: a list has two, or begins the text or after ":".
+    """
+    whole = str(text).strip()
+    bullets = list(_BULLET.finditer(whole))
+    if len(bullets) > 1 or (bullets and whole[: bullets[0].start()].rstrip()[-1:] in ("", ":")):
+        lines = (_BULLET.sub("", line) for line in whole.splitlines())
         return " ".join(" ; ".join(filter(str.strip, lines)).split())
-    return " ".join(re.sub(r"\n\s*\n", " ; ", "\n".join(lines)).split())
+    return " ".join(re.sub(r"\n\s*\n", " ; ", whole).split())
 
 
 def clean(text: str) -> str:
@@ -38,7 +46,9 @@ def clean(text: str) -> str:
     text = re.sub(r"[*`#]+", " ", text)
     text = re.sub(r"\b(?:[a-z]\.){2,}", lambda found: found[0].replace(".", ""), text)  # i.v.c. -> ivc
     text = re.sub(r"\b(?:can|could) ?(?:not|n't)\b|\bcan't\b|\bcouldn't\b", "cannot", text)
-    text = re.sub(r"\b(approx|ca|est|resp|incl)\.", r"\1", text)
+    text = _DOTTED.sub(lambda found: found[0][:-1], text)
+    text = re.sub(r"\bw/(o\b)?(?=[\sa-z]|$)", lambda found: " without " if found[1] else " with ", text)
+    text = re.sub(r"(?<!\w)\?\s*(?=\w)", "query ", text)  # "?cyst", not the end of a question
     text = re.sub(r"(?<=\d)(mm|cm)(?=[a-z]{2})", r"\1 ", text)  # bpd47mmhc175mm
     text = re.sub(r"\b(is|are|was|were|do|does|did|has|have|should|would)n't\b", r"\1 not", text)
     text = _JOINED.sub(lambda found: VOCABULARY["joined"][found[0]], text)
@@ -68,7 +78,7 @@ def _domain_words() -> tuple[str, ...]:
 
 
 @functools.cache
-def _known_words() -> frozenset[str]:
+def known_words() -> frozenset[str]:
     """Every word of the vocabulary file but the misspelt ones: none of them is a typing error."""
     return frozenset(_words_in({name: table for name, table in VOCABULARY.items() if name != "spelling"}))
 
@@ -97,7 +107,7 @@ def word(raw: str) -> str:
 
     raw = SPELLING.get(raw, raw)
     bare = singular(raw)
-    if len(bare) < 7 or bare in VOCABULARY["typing"]["keep"] or bare in _known_words():
+    if len(bare) < 7 or bare in VOCABULARY["typing"]["keep"] or bare in known_words():
         return bare
     near = [w for w in _domain_words() if w[0] == bare[0] and OSA.distance(bare, w, score_cutoff=1) <= 1]
     return near[0] if len(near) == 1 else bare

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from sonovqa import chat, cli, files, predictions, records
+from sonovqa.endpoint import UNREACHED
 from sonovqa.engines import Engine, ImageRequest, Reply
 from sonovqa.predictions import Key
 
 Size = tuple[int, int]
+MOST_UNREACHED = 20  # requests in a row
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,31 @@ def row_of(item: Item, reply: Reply, size: Size | None = None, blind: bool = Fal
     }
 
 
+class Patience:
+    """Gives an engine up once it has not been reached for `MOST_UNREACHED` requests in a row, each with all its retries.
+
+    What was answered is kept and the same command goes on, so nobody waits for thousands of requests to fail one by one.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.unreached = name, 0
+
+    def heard(self, error: str | None) -> None:
+        """Count a reply's error. Raises `cli.UserError` when there is no hope."""
+        self.unreached = self.unreached + 1 if error is not None and error.startswith(UNREACHED) else 0
+        if self.unreached >= MOST_UNREACHED:
+            raise cli.UserError(
+                f"the endpoint has gone away; {self.name}: {error}, {self.unreached} requests in a row; what was answered is "
+                "kept; start the server again, then the same command goes on"
+            )
+
+
+def timed(function: Callable, *arguments) -> tuple:
+    """What the function gives, and how many seconds it took."""
+    started = time.perf_counter()
+    return function(*arguments), time.perf_counter() - started
+
+
 def ask(engine: Engine, questions: Iterable[ImageRequest], asked: Mapping[Key, tuple[Item, Size]], path: Path,
         max_new_tokens: int, blind: bool = False, load_seconds: float = 0.0) -> None:  # fmt: skip
     """Put questions to an engine and write every reply down as it comes, with a progress bar; then a line on its speed.
@@ -171,8 +198,8 @@ def ask(engine: Engine, questions: Iterable[ImageRequest], asked: Mapping[Key, t
     waiting = dict(asked)
     session = {"file": path.name, "engine": engine.name, "load_seconds": round(load_seconds, 3), "asked": len(asked)}
     session |= {"answered": 0, "failed": 0, "new_tokens": 0}
-    started = time.perf_counter()
-    with predictions.Log(path) as log, _progress() as bar:
+    started, patience = time.perf_counter(), Patience(engine.name)
+    with predictions.Log(path) as log, progress() as bar:
         task = bar.add_task("blind answers" if blind else "answers", total=len(asked), failed="")
         try:
             for reply in engine.answer(questions, max_new_tokens):
@@ -181,7 +208,8 @@ def ask(engine: Engine, questions: Iterable[ImageRequest], asked: Mapping[Key, t
                 session["answered" if reply.error is None else "failed"] += 1
                 session["new_tokens"] += reply.new_tokens
                 bar.update(task, advance=1, failed=f"[red]{session['failed']} failed[/]" if session["failed"] else "")
-            for (image_id, question_id), (item, size) in waiting.items():
+                patience.heard(reply.error)
+            for (image_id, question_id), (item, size) in waiting.items():  # none, unless the engine passed some over
                 log.append(row_of(item, Reply(image_id, question_id, "", "the engine gave no reply"), size, blind))
         finally:  # Ctrl-C too: what was answered was answered at some speed
             session |= {"wall_seconds": round(time.perf_counter() - started, 3), "peak_memory_bytes": _peak_memory(engine)}
@@ -190,10 +218,11 @@ def ask(engine: Engine, questions: Iterable[ImageRequest], asked: Mapping[Key, t
 
 
 def _peak_memory(engine: Engine) -> int | None:
-    return records.peak_memory() if engine.name == "local" else None  # an endpoint's memory is not this process's
+    return records.peak_memory() if engine.name.startswith("local") else None  # an endpoint's memory is not this process's
 
 
-def _progress() -> Progress:
+def progress() -> Progress:
+    """The bar of a long run of questions; its tasks have a field ``failed``."""
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn(), "{task.fields[failed]}")  # fmt: skip
     return Progress(*columns, console=cli.stderr, transient=True)

@@ -74,13 +74,14 @@ class Encoder:
 
         Args:
             images: ``N`` RGB PIL images.
-            contexts: ``N`` context lines or ``None``.
+            contexts: ``N`` context lines as stored, or ``None``; see `chat.context_for`.
 
         Returns:
             ``N`` prefixes, and the vision tensors of all images as the processor makes them (for Qwen-VL
             ``pixel_values`` ``[sum of patches, patch values]`` and ``image_grid_thw`` ``[N, 3]``).
         """
-        texts = [self.template.prefix(context) for context in contexts]
+        told = [chat.context_for(context, image.size) for context, image in zip(contexts, images, strict=True)]
+        texts = [self.template.prefix(context) for context in told]
         made = self.processor(text=texts, images=list(images), padding=True, padding_side="right", return_tensors="pt")
         types = made.get("mm_token_type_ids")
         lengths = made["attention_mask"].sum(dim=1).tolist()
@@ -106,6 +107,7 @@ class Encoder:
     def prefix_lengths(self, sizes: Sequence[tuple[int, int]], contexts: Sequence[str | None]) -> list[int]:
         """Tokens of each prefix from image sizes ``(width, height)`` alone: nothing is decoded or resized."""
         counted = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+        contexts = [chat.context_for(context, size) for context, size in zip(contexts, sizes, strict=True)]
         text = {context: len(self._ids(self.template.prefix(context))) for context in set(contexts)}
         return [text[context] - 1 + n for context, n in zip(contexts, counted.num_image_tokens, strict=True)]
 

@@ -9,10 +9,33 @@ from __future__ import annotations
 import base64
 import functools
 import io
+import re
 
 from sonovqa.questions import QUESTIONS, REPORT_ID, REPORT_PROMPTS, SYSTEM_TEXT, report_text
 
 _QUESTION, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
+
+_PIXEL_SIZE = re.compile(r"Pixel size: (\d+(?:\.\d+)?) mm")
+
+
+def context_for(context: str | None, size: tuple[int, int]) -> str | None:
+    """A context line as a model is told it about an image of ``size`` (width, height) pixels: the field of view, not the pixel.
+
+    A pixel size is true of the file's own pixels, and no model sees those: each image is resized to the pixel budget, its
+    sides rounded apart to whole patches, and a client does not know the budget of the server it asks. The millimetres across
+    the image are what resizing leaves alone, so they are right at any budget, in training and behind any endpoint; divided
+    by the sides a model sees they are its pixel size. ``Pixel size: 0.0897 mm`` of 800 x 540 pixels becomes
+    ``Image size: 71.8 x 48.4 mm``. Other lines stay as they are.
+    """
+    if not context:
+        return context
+    width, height = size
+
+    def extent(found: re.Match) -> str:
+        pixel = float(found[1])
+        return f"Image size: {width * pixel:.1f} x {height * pixel:.1f} mm"
+
+    return _PIXEL_SIZE.sub(extent, context)
 
 
 def prompt_for(question_id: str, question: str, variant: str = "default") -> str:
@@ -55,9 +78,12 @@ def messages(image, prompt: str, context: str | None = None, answer: str | None 
     Args:
         image: a PIL image, path or URL, or ``None`` for a placeholder that a processor fills from ``images=``.
         prompt: the question's text.
-        context: a line that belongs to the image (such as a pixel size), shared by all its questions.
+        context: a line that belongs to the image (such as a pixel size), shared by all its questions; with a PIL image it
+            goes through `context_for`.
         answer: the assistant's turn; without it the messages end at the question.
     """
+    if hasattr(image, "size"):
+        context = context_for(context, image.size)
     picture = {"type": "image"} if image is None else {"type": "image", "image": image}
     text = f"{context}\n{prompt}" if context else prompt
     turns = [
@@ -71,6 +97,8 @@ def messages(image, prompt: str, context: str | None = None, answer: str | None 
 
 def openai_messages(image: bytes, prompt: str, context: str | None = None, mime: str = "image/png") -> list[dict]:
     """The same messages for an OpenAI-compatible endpoint; ``image`` holds an encoded file's bytes, sent as a data URL."""
+    if context and _PIXEL_SIZE.search(context):
+        context = context_for(context, _size_of(image))
     turns = messages(None, prompt, context)
     turns[0]["content"] = SYSTEM_TEXT  # some servers refuse a list here; templates render both alike
     url = f"data:{mime};base64,{base64.b64encode(image).decode()}"
@@ -116,3 +144,11 @@ def open_image(data: bytes):
 
     with Image.open(io.BytesIO(data)) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _size_of(data: bytes) -> tuple[int, int]:
+    """Width and height by an image file's header, for files without EXIF rotation."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return image.size

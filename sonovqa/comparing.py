@@ -125,6 +125,17 @@ def show(made: Mapping, first: str, second: str, console: Console) -> None:
     )  # fmt: skip
 
 
+def speeds(runs: Sequence[Path], split: str) -> dict[str, dict]:
+    """The speed figures of those evaluations that have some, by folder and engine."""
+    found = {}
+    for run in runs:
+        path = next((p / "scores.json" for p in (run, run / f"eval-{split}") if (p / "scores.json").exists()), None)
+        speed = files.read_json(path).get("speed") if path else None
+        if speed:
+            found[f"{run}: {speed['engine']}"] = speed
+    return found
+
+
 def write(path: Path, names: Sequence[str], made: Sequence[Mapping]) -> None:
     """All comparisons with the first as JSON."""
     files.write_json(path, {"first": names[0], "comparisons": dict(zip(names[1:], made, strict=True))})

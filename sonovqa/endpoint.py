@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import itertools
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from sonovqa import chat
+from sonovqa import chat, endpoint_likelihoods
 from sonovqa.cli import UserError
-from sonovqa.engines import EngineError, ImageRequest, Reply
+from sonovqa.endpoint_likelihoods import Weighed
+from sonovqa.engines import EngineError, ImageRequest, LabelReply, LabelRequest, Reply
 
 #: HTTP statuses worth another try: the server was busy, restarting or behind an overloaded proxy.
 PASSING = frozenset({408, 409, 425, 429})
@@ -22,6 +24,8 @@ PASSING = frozenset({408, 409, 425, 429})
 ALREADY_BORROWED = "Already borrowed"
 LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the server asks for
 FINISHED = ("stop", "length")
+#: How the error of a request begins that got no answer at all, as if nobody were there.
+UNREACHED = ("connection failed", "no answer in time")
 
 
 class IncompleteError(Exception):
@@ -94,8 +98,16 @@ class Endpoint:
 
     def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
         """Yield a `Reply` for every prompt as they come, at most ``in_flight`` open; see `engines.Engine.answer`."""
+        return self._each(questions_of(requests), functools.partial(self._ask, max_new_tokens=max_new_tokens))
+
+    def likelihoods(self, requests: Iterable[LabelRequest]) -> Iterator[LabelReply]:
+        """Log-likelihoods by vLLM's prompt log-probabilities, see `endpoint_likelihoods`; at most ``in_flight`` open."""
+        return self._each(labels_of(requests), self._weigh)
+
+    def _each(self, asked: Iterator, ask: Callable) -> Iterator:
+        """What ``await ask(client, one)`` gives for every one asked, as they come."""
         loop = asyncio.new_event_loop()
-        replies = self._answers(requests, max_new_tokens)
+        replies = self._open(asked, ask)
         try:
             while True:
                 try:
@@ -147,16 +159,15 @@ class Endpoint:
                         yield piece
         _check_finished(reason, empty)
 
-    async def _answers(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> AsyncIterator[Reply]:
+    async def _open(self, asked: Iterator, ask: Callable) -> AsyncIterator:
         import openai
 
-        asked = questions_of(requests)
-        open_ = set()
+        open_, done = set(), set()
         async with self._client(openai.AsyncOpenAI) as client:
             try:
                 while True:
                     for one in itertools.islice(asked, self.in_flight - len(open_)):
-                        open_.add(asyncio.ensure_future(self._ask(client, one, max_new_tokens)))
+                        open_.add(asyncio.ensure_future(ask(client, one)))
                     if not open_:
                         return
                     done, open_ = await asyncio.wait(open_, return_when=asyncio.FIRST_COMPLETED)
@@ -165,25 +176,41 @@ class Endpoint:
             finally:
                 for task in open_:
                     task.cancel()
-                await asyncio.gather(*open_, return_exceptions=True)
+                await asyncio.gather(*open_, *done, return_exceptions=True)  # so that none is left with a fault unheard
 
     async def _ask(self, client, asked: Asked | Reply, max_new_tokens: int) -> Reply:
         """One question, tried up to ``1 + retries`` times."""
-        import openai
-
         if isinstance(asked, Reply):
             return asked
         started = time.perf_counter()
+        request = self._request(asked.messages, max_new_tokens)
+        told, error = await self._tried(client, request, _read)
+        text, reason, tokens = told or ("", None, 0)
+        return Reply(asked.image_id, asked.question_id, text, error, reason, tokens, time.perf_counter() - started)
+
+    async def _weigh(self, client, asked: Weighed | LabelReply) -> LabelReply:
+        """All wordings of one question, one after another; the first that fails makes the question fail."""
+        if isinstance(asked, LabelReply):
+            return asked
+        told = []
+        for text, messages in asked.turns():
+            request = self._request(messages, 1) | {"extra_body": endpoint_likelihoods.EXTRA}
+            found, error = await self._tried(client, request, functools.partial(endpoint_likelihoods.read, text=text))
+            if error is not None:
+                return LabelReply(asked.image_id, asked.question_id, (), error)
+            told.append(found)
+        return LabelReply(asked.image_id, asked.question_id, tuple(told))
+
+    async def _tried(self, client, request: dict, read: Callable) -> tuple:
+        """``(read(completion), None)``, or ``(None, error)`` after all tries."""
+        import openai
+
         for attempt in itertools.count(1):
             try:
-                completion = await client.chat.completions.create(**self._request(asked.messages, max_new_tokens))
-                text, reason, tokens = _read(completion)
-                return Reply(asked.image_id, asked.question_id, text, None, reason, tokens, time.perf_counter() - started)
+                return read(await client.chat.completions.create(**request)), None
             except (openai.APIError, IncompleteError, ValueError) as fault:  # ValueError: a body that is no JSON
                 if attempt > self.retries or not _may_pass(fault):
-                    tried = f" (tried {attempt} times)" if attempt > 1 else ""
-                    error = _in_words(fault) + tried
-                    return Reply(asked.image_id, asked.question_id, "", error, seconds=time.perf_counter() - started)
+                    return None, _in_words(fault) + (f" (tried {attempt} times)" if attempt > 1 else "")
                 await asyncio.sleep(self._pause(attempt, fault))
 
     def _request(self, messages: list[dict], max_new_tokens: int) -> dict:
@@ -211,17 +238,34 @@ def questions_of(requests: Iterable[ImageRequest]) -> Iterator[Asked | Reply]:
     An image's questions may well be open at the same time: vLLM shares blocks that are still being computed (measured with
     vLLM 0.32: the same prefix-cache hits as with the questions of 16 images dealt in turn).
     """
+    for request in requests:
+        image, mime, fault = _encoded(request.image)
+        for question_id, prompt in request.prompts:
+            if fault is not None:
+                yield Reply(request.image_id, question_id, "", fault)
+            else:
+                yield Asked(request.image_id, question_id, chat.openai_messages(image, prompt, request.context, mime))
+
+
+def labels_of(requests: Iterable[LabelRequest]) -> Iterator[Weighed | LabelReply]:
+    """The same for closed questions with the wordings to weigh."""
+    for request in requests:
+        image, mime, fault = _encoded(request.image)
+        for question_id, prompt, wordings in request.prompts:
+            if fault is not None:
+                yield LabelReply(request.image_id, question_id, (), fault)
+            else:
+                yield Weighed(request.image_id, question_id, image, mime, request.context, prompt, wordings)
+
+
+def _encoded(data: bytes) -> tuple[bytes, str, str | None]:
+    """`encoded_as_seen`, and as third what is wrong with the file, or ``None``."""
     from PIL import Image
 
-    for request in requests:
-        try:
-            image, mime = encoded_as_seen(request.image)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:  # SyntaxError: Pillow's for broken PNGs
-            for question_id, _ in request.prompts:
-                yield Reply(request.image_id, question_id, "", f"image not readable: {fault}")
-            continue
-        for question_id, prompt in request.prompts:
-            yield Asked(request.image_id, question_id, chat.openai_messages(image, prompt, request.context, mime))
+    try:
+        return *encoded_as_seen(data), None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:  # SyntaxError: Pillow's for broken PNGs
+        return b"", "", f"image not readable: {fault}"
 
 
 def encoded_as_seen(data: bytes) -> tuple[bytes, str]:

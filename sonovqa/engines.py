@@ -59,5 +59,40 @@ class Engine(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LabelRequest:
+    """One image and, for each closed question about it, the wordings to weigh.
+
+    Attributes:
+        image_id, image, context: as in `ImageRequest`.
+        prompts: ``(question_id, prompt, wordings)``.
+    """
+
+    image_id: str
+    image: bytes
+    context: str | None
+    prompts: tuple[tuple[str, str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class LabelReply:
+    """Natural log-likelihoods of a question's wordings, in the order asked; empty, with ``error``, if the request failed."""
+
+    image_id: str
+    question_id: str
+    log_likelihoods: tuple[float, ...]
+    error: str | None = None
+
+
+class Weigher(Protocol):
+    """An engine that can say how likely an answer is."""
+
+    name: str
+
+    def likelihoods(self, requests: Iterable[LabelRequest]) -> Iterator[LabelReply]:
+        """Yield one `LabelReply` for each prompt of each request, in any order; a failure is a reply with ``error``."""
+        ...
+
+
 class EngineError(Exception):
     """An engine could not answer a conversation's question; the message is one line, fit to be shown."""

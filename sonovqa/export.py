@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from sonovqa.chat import messages, tasks_of
+from sonovqa.chat import context_for, messages, tasks_of
 from sonovqa.cli import UserError
 from sonovqa.files import replacing, replacing_folder
+from sonovqa.planning import image_size
 from sonovqa.splits import SPLITS
 
 MARK = ".sonovqa-export"  # tells a folder that an export made, and may replace, from any other
@@ -64,5 +65,6 @@ def _write_row(row: dict, part: Path, folder: str, task: str) -> list[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(row["image"]["bytes"])
     shown = f"{folder}/{row['image_id']}"
-    turns = [messages(shown, asked["prompt"], row.get("context"), asked["answer"]) for asked in tasks]
+    context = context_for(row["context"], image_size(row["image"]["bytes"])) if row.get("context") else None
+    turns = [messages(shown, asked["prompt"], context, asked["answer"]) for asked in tasks]
     return [json.dumps({"messages": turn}, ensure_ascii=False) + "\n" for turn in turns]

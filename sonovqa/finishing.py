@@ -13,18 +13,19 @@ from sonovqa.cli import console
 from sonovqa.planning import Plan
 
 
-def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, curve: list[dict], outcome, seconds: float) -> dict:
+def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, progress) -> dict:
     """What run.json says: arguments, commit, versions, device, data and model, and the figures of the training.
 
     Args:
         args: the parsed command line of train.py.
         base: folder or hub id of the base weights.
         loaded: the `models.Loaded` base.
-        trainer, outcome: after ``outcome = trainer.train()``.
-        plan: of the training split. curve: what was logged, by step. seconds: wall time of the training.
+        trainer: after ``trainer.train()``.
+        plan: of the training split.
+        progress: the run's `training.Progressing`: curve and seconds over all of its sessions.
     """
-    runtime = outcome.metrics["train_runtime"]
-    passes = trainer.state.epoch / runtime if runtime else 0.0
+    curve, seconds = progress.curve, progress.seconds
+    passes = trainer.state.epoch / seconds
     return {
         "run": args.run, "finished": records.now(), "arguments": json.loads(json.dumps(vars(args), default=str)) | {"data": str(args.data.resolve())},
         "base": base, "base_revision": getattr(trainer.model.config, "_commit_hash", None), "backend": loaded.backend,
@@ -34,11 +35,19 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, cur
         "training": {
             "steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": round(seconds, 1),
             "answers_per_second": plan.questions * passes, "tokens_per_second": plan.tokens * passes,
-            "peak_memory_bytes": records.peak_memory(), "loss": outcome.training_loss,
+            "peak_memory_bytes": max([records.peak_memory(), *(entry.get("peak_memory_bytes", 0) for entry in curve)]),
+            "loss": mean_loss(curve), "resumed_at": progress.resumed_at,
             "best_validation_loss": trainer.state.best_metric,
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), "curve": curve,
         },
     }  # fmt: skip
+
+
+def mean_loss(curve: list[dict]) -> float:
+    """Mean training loss over all steps of a curve, whose losses are means over the steps since the one before."""
+    logged = [(entry["step"], entry["loss"]) for entry in curve if "loss" in entry]
+    starts = [0, *(step for step, _ in logged)]
+    return sum((step - start) * loss for start, (step, loss) in zip(starts, logged)) / logged[-1][0]
 
 
 def finish(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict, tracking=None) -> None:
@@ -48,12 +57,26 @@ def finish(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict, t
         UserError: if the merge check fails; adapter and plan.json are kept, run.json is not written.
     """
     save(args, folder, loaded, trainer, run)
-    on_gpu = trainer.args.device.type == "cuda"
     trainer.model = trainer.model_wrapped = loaded.model = None
     merging.free()
+    merge_and_record(args, folder, run, tracking)
+
+
+def go_on(args: argparse.Namespace, folder: Path) -> None:
+    """Finish a run that was stopped after its training: what `save` wrote is merged, checked and recorded."""
+    console.print("the training was finished before: merging only" if args.merge else "the training was finished before")
+    merge_and_record(args, folder, files.read_json(folder / "plan.json"))
+
+
+def merge_and_record(args: argparse.Namespace, folder: Path, run: dict, tracking=None) -> None:
+    """Merge what `save` wrote unless that is done already, write run.json last. Raises as `finish` does."""
+    import torch
+
     if args.merge:
-        with console.status("merging and checking"):
-            run["merge_check"] = merging.run(folder, run["training"]["peak_memory_bytes"] if on_gpu else None)
+        if not ((folder / "merge.json").exists() and (folder / "merged").is_dir()):  # merge.json comes after merged/
+            with console.status("merging and checking"):
+                merging.run(folder, run["training"]["peak_memory_bytes"] if torch.cuda.is_available() else None)
+        run["merge_check"] = files.read_json(folder / "merge.json")
         shutil.rmtree(folder / "weights", ignore_errors=True)
     path = records.write_run(folder, run)
     if tracking:

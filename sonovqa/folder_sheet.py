@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from sonovqa import chat, cli, files, images, predictions, records
 from sonovqa.cli import UserError
@@ -71,30 +71,27 @@ def fill(
         context: a line that belongs to every image, such as a pixel size.
 
     Returns:
-        Numbers of ``images``, ``answered`` ones, ``failed`` ones, and ``asked``, the questions put in this call.
+        ``images``, ``answered`` and ``failed`` ones, and ``asked``, the questions put in this call.
 
     Raises:
         UserError: if ``out`` cannot be written to without losing something.
     """
-    found = find_images(folder)
+    found, problems = find_images(folder), {}
     settings = {"engine": engine.name, "prompt": variant, "max_new_tokens": max_new_tokens, "context": context}
     journal = out.with_name(out.name + ".answers.jsonl")
     rows = check_out(out, journal, settings)
-    problems: dict[str, str] = {}
     stamps = {image.image_id: list(image.stamp) for image in found}
     kept = predictions.latest(row for row in rows if "image_id" in row and stamps.get(row["image_id"]) == row["file"])
     asked = 0
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with predictions.Log(journal) as log, Progress(*columns, console=cli.stderr, transient=True) as bar:
+    with predictions.Log(journal) as log, Progress(console=cli.stderr, transient=True) as bar:
         if not rows:
             log.append({"settings": settings})
         done = {key for key, row in kept.items() if row["error"] is None}
         task = bar.add_task("answers", total=len(found) * len(QUESTIONS), completed=len(done))
         for reply in engine.answer(requests(found, done, variant, context, problems), max_new_tokens):
-            row = {"image_id": reply.image_id, "file": stamps[reply.image_id], "question_id": reply.question_id}
-            row |= {"prediction": reply.text, "error": reply.error}
-            log.append(row)
-            kept[reply.image_id, reply.question_id] = row
+            key = reply.image_id, reply.question_id
+            kept[key] = dict(zip(("image_id", "question_id"), key)) | {"prediction": reply.text, "error": reply.error}
+            log.append(kept[key] | {"file": stamps[reply.image_id]})
             asked += 1
             bar.advance(task)
         table = [row_of(image, kept, problems) for image in found]

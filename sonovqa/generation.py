@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from sonovqa import chat
-from sonovqa.batching import Branch, Encoder, Prefix
-from sonovqa.engines import ImageRequest, Reply
+from sonovqa import chat, losses
+from sonovqa.batching import Branch, Encoder, Prefix, assemble
+from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply
 
 
 class LocalEngine:
@@ -23,19 +23,19 @@ class LocalEngine:
     Args:
         model, processor: as `models.load_for_inference` gives them.
         batch_images: images decoded together; each brings all of its questions.
-        share: encode an image once for all its questions; off, every question is a prompt of its own.
+        share: encode an image once for all its questions; off, every question is an image of its own (``batch_images`` 1:
+            one question at a time).
     """
 
-    name = "local"
-
     def __init__(self, model, processor, batch_images: int = 8, share: bool = True):
+        self.name = "local" if share else "local, each question by itself"
         self.model, self.encoder = model, Encoder(processor, model)
         self.batch_images, self.share = batch_images, share
         self.stop = _stop_ids(model, processor)
 
     def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
         """Greedy answers, image by image in the order asked; an image that cannot be decoded gives failed replies."""
-        requests = iter(requests)
+        requests = iter(requests) if self.share else _one_by_one(requests)
         while batch := list(itertools.islice(requests, self.batch_images)):
             yield from self._answer_batch(batch, max_new_tokens)
 
@@ -51,20 +51,52 @@ class LocalEngine:
                     yield Reply(request.image_id, question_id, "", f"image not readable: {fault}", None, 0, 0.0)
         if not asked:
             return
-        if not self.share:
-            images = [image for image, request in zip(images, asked, strict=True) for _ in request.prompts]
-            asked = [
-                ImageRequest(r.image_id, r.image, r.context, (prompt,)) for r in asked for prompt in r.prompts
-            ]
         prefixes, vision = self.encoder.prefixes(images, [request.context for request in asked])
         branches = [[self.encoder.branch(prompt) for _, prompt in request.prompts] for request in asked]
         tokens = greedy(self.model, prefixes, vision, branches, max_new_tokens, self.stop, self.encoder.tokenizer.pad_token_id)
-        each = (time.perf_counter() - started) / len(tokens)
+        waited = time.perf_counter() - started  # every answer is there when the last one is
         pairs = [(request.image_id, question_id) for request in asked for question_id, _ in request.prompts]
         for (image_id, question_id), ids in zip(pairs, tokens, strict=True):
             ended = bool(ids) and ids[-1] in self.stop
             text = self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            yield Reply(image_id, question_id, text, None, "stop" if ended else "length", len(ids), each)
+            yield Reply(image_id, question_id, text, None, "stop" if ended else "length", len(ids), waited)
+
+    def likelihoods(self, requests: Iterable[LabelRequest]) -> Iterator[LabelReply]:
+        """Log-likelihoods of all wordings of all questions of an image, its end of turn included, in one pass an image:
+        every wording is a branch of the image's prefix, as in training (`batching.assemble`)."""
+        for request in requests:
+            try:
+                image = chat.open_image(request.image)
+            except (OSError, ValueError) as fault:
+                for question_id, _, _ in request.prompts:
+                    yield LabelReply(request.image_id, question_id, (), f"image not readable: {fault}")
+                continue
+            prefixes, vision = self.encoder.prefixes([image], [request.context])
+            branches = [self.encoder.branch(prompt, text) for _, prompt, texts in request.prompts for text in texts]
+            told = iter(branch_likelihoods(self.model, prefixes[0], vision, branches, self.encoder.tokenizer.pad_token_id))
+            for question_id, _, texts in request.prompts:
+                yield LabelReply(request.image_id, question_id, tuple(next(told) for _ in texts))
+
+
+def _one_by_one(requests: Iterable[ImageRequest]) -> Iterator[ImageRequest]:
+    return (ImageRequest(r.image_id, r.image, r.context, (prompt,)) for r in requests for prompt in r.prompts)
+
+
+@torch.inference_mode()
+def branch_likelihoods(model, prefix: Prefix, vision: dict, branches: list[Branch], pad_id: int) -> list[float]:
+    """The natural log-likelihood of each branch's answer tokens (its end of turn among them) after the prefix.
+
+    Args:
+        prefix, vision: as `Encoder.prefixes` gives them for one image.
+        branches: with answers (`Encoder.branch`).
+        pad_id: id of padding; one row has none.
+    """
+    batch = assemble([prefix], [branches], pad_id) | vision
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    logits, targets, _ = losses.answer_logits(model, batch)
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    each = -torch.nn.functional.cross_entropy(precise, targets, reduction="none")
+    return [float(part.sum()) for part in each.split([len(branch.ids) - branch.asked for branch in branches])]
 
 
 @torch.inference_mode()
@@ -124,25 +156,33 @@ def stream(model, processor, messages: list[dict], max_new_tokens: int) -> Itera
     """Greedy answer to a whole conversation (`chat.messages`, further turns allowed), yielded piece by piece as text."""
     import threading
 
-    from transformers import TextIteratorStreamer
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     inputs = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(model.device)
     pieces = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     faults: list[BaseException] = []
+    left = threading.Event()  # the reader went away: Ctrl-C, or the generator was closed
+
+    def stop(ids, scores, **_):
+        return torch.full((len(ids),), left.is_set(), dtype=torch.bool, device=ids.device)
 
     def run():
         try:
-            model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=pieces)
+            model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=pieces,
+                           stopping_criteria=StoppingCriteriaList([stop]))  # fmt: skip
         except BaseException as fault:  # handed to the reader below: a thread's fault is printed nowhere else
             faults.append(fault)
             pieces.end()
 
     worker = threading.Thread(target=run, daemon=True)
     worker.start()
-    yield from (piece for piece in pieces if piece)
-    worker.join()
+    try:
+        yield from (piece for piece in pieces if piece)
+    finally:
+        left.set()
+        worker.join()  # ends after the token in progress
     if faults:
         raise faults[0]
 

@@ -86,8 +86,7 @@ def _numbers_agree(expected: Meaning, found: Meaning) -> bool:
         for value in one.values:
             key = key.replace(str(value), "#")
         keys.append(key)
-    near = (abs(a.value - b.value) <= TOLERANCE * abs(a.value) for a, b in zip(expected.values, found.values, strict=True))
-    return keys[0] == keys[1] and all(near)
+    return keys[0] == keys[1] and all(map(_near, expected.values, found.values))
 
 
 def measure(kind: str, rows: Sequence[dict], texts: Sequence[str]) -> dict[str, Score]:
@@ -105,6 +104,8 @@ def measure(kind: str, rows: Sequence[dict], texts: Sequence[str]) -> dict[str, 
     if kind in _OWN:
         expected = [meaning(row, row["reference"]) for row in rows]
         scores |= _OWN[kind](expected, [meaning(row, text) for row, text in zip(rows, texts, strict=True)])
+    if kind not in QUESTIONS:
+        scores |= _numbers(rows, texts)
     scores["exact match"] = mean([text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)])
     return scores | overlap.wording(references, list(texts))
 
@@ -114,6 +115,20 @@ def headline(kind: str, scores: dict) -> str:
     if kind == "Q4" and "within 10 %" in scores:
         return "within 10 %"
     return {"Q1": "F1", "Q4": "F1", "Q8": "F1", "Q7": "balanced accuracy"}.get(kind, "accuracy")
+
+
+def _numbers(rows: Sequence[dict], texts: Sequence[str]) -> dict[str, Score]:
+    """``numbers right``: of free answers whose reference holds a number, those whose numbers are within `TOLERANCE` of it."""
+    near = []
+    for row, text in zip(rows, texts, strict=True):
+        wanted, said = (found.values if found else () for found in (meaning(row, row["reference"]), meaning(row, text)))
+        same = [v.unit for v in wanted] == [v.unit for v in said]
+        near.append(float(same and all(map(_near, wanted, said))) if wanted else math.nan)
+    return {"numbers right": mean(near)} if any(value == value for value in near) else {}
+
+
+def _near(wanted: answers.Quantity, said: answers.Quantity) -> bool:
+    return abs(wanted.value - said.value) <= TOLERANCE * abs(wanted.value)
 
 
 def _sets(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:

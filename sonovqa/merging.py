@@ -8,6 +8,7 @@ The merge itself runs in main memory; the check uses the GPU within ``--gpu-memo
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import os
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sonovqa import cli, files, models
+from sonovqa import cli, files, models, resuming
 from sonovqa.cli import UserError, console
 
 #: Bounds of the merge check. Rounding merged weights to 16 bits moves an answer's distribution by 1e-6 to 1e-3 nats, and
@@ -287,8 +288,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.run / "plan.json").exists():
         raise UserError(f"{args.run} holds no plan.json, so it is no run of train.py; name a folder under outputs/")
-    check = merge(args.run.resolve(), args.gpu_memory)
-    files.write_json(args.run / "merge.json", check)
+    with open(args.run / "plan.json") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # a train.py that was killed leaves its merging going: wait for it
+        resuming.clear_parts(args.run)
+        check = merge(args.run.resolve(), args.gpu_memory)
+        files.write_json(args.run / "merge.json", check)
     console.print(f"merge check: top token agrees at {check['top_agreement']:.2%} of {check['positions']} answer positions, "
                   f"mean KL {check['mean_kl']:.2g} nats, least adapter share {check['least_share']}")  # fmt: skip
 

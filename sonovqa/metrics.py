@@ -70,6 +70,10 @@ class Resamples:
         with np.errstate(divide="ignore", invalid="ignore"):
             return score.of_sums(self.weights @ sums)
 
+    def row_weights(self, groups: Sequence[str]) -> np.ndarray:
+        """How often each row counts in every resample, ``[count, n]``: for scores that no sums give (ranks)."""
+        return self.weights[:, np.fromiter((self.codes[g] for g in groups), int, len(groups))]
+
     def interval(self, score: Score, groups: Sequence[str]) -> tuple[float, float] | None:
         """The 95 % interval, or ``None`` where there is nothing to resample.
 
@@ -78,14 +82,7 @@ class Resamples:
         """
         if not len(self.weights) or not len(groups):
             return None
-        low, high = percentiles(self.values(score, groups))
-        if high - low < 1e-12 and score.bounds:
-            reach = 1 - ((1 - LEVEL) / 2) ** (1 / len(set(groups)))
-            bottom, top = score.bounds
-            if abs(low - top) < 1e-9:
-                low = top - reach * (top - bottom)
-            elif abs(high - bottom) < 1e-9:
-                high = bottom + reach * (top - bottom)
+        low, high = widened(*percentiles(self.values(score, groups)), len(set(groups)), score.bounds)
         return (low, high) if math.isfinite(low) else None
 
     def difference(self, score: Score, other: Score, groups: Sequence[str]) -> tuple[float, float] | None:
@@ -94,6 +91,18 @@ class Resamples:
             return None
         low, high = percentiles(self.values(score, groups) - self.values(other, groups))
         return (low, high) if math.isfinite(low) else None
+
+
+def widened(low: float, high: float, groups: int, bounds: tuple[float, float] | None) -> tuple[float, float]:
+    """An interval of no width at a bound, made as wide as `groups` trials that all went alike allow (Clopper & Pearson, 1934)."""
+    if high - low < 1e-12 and bounds:
+        reach = 1 - ((1 - LEVEL) / 2) ** (1 / groups)
+        bottom, top = bounds
+        if abs(low - top) < 1e-9:
+            low = top - reach * (top - bottom)
+        elif abs(high - bottom) < 1e-9:
+            high = bottom + reach * (top - bottom)
+    return low, high
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:

@@ -7,13 +7,9 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import torchvision_ops
+from sonovqa import files, memory, torchvision_ops, weights
 from sonovqa.cli import UserError
-
-torchvision_ops.declare()  # before anything below imports transformers' image processors
-
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
+from sonovqa.weights import check_folder
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ def locate(name: str) -> str:
     """The folder or hub id behind ``--model``: `tiny` is built at its first use, a local folder is checked, else a hub id.
 
     Raises:
-        UserError: if a local folder lacks what a model needs or holds pickled weights only.
+        UserError: if a local folder lacks what a model needs or holds pickled weights only, or a hub id cannot be read.
     """
     if name == "tiny" or name.startswith("tiny-"):
         from sonovqa import tiny
@@ -59,24 +55,9 @@ def locate(name: str) -> str:
         check_folder(path)
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"no model folder at {name}; a local folder, a hub id such as Qwen/Qwen3-VL-8B-Instruct, or tiny is allowed")
+    else:
+        weights.check_hub(name)
     return name
-
-
-def check_folder(path: Path) -> None:
-    """Raise `UserError` unless ``path`` holds a configuration, safetensors weights and processor files.
-
-    Pickled weights are refused: loading them runs whatever code they hold.
-    """
-    if not (path / "config.json").exists():
-        inside = " (a run: use its merged/ folder)" if (path / "merged").is_dir() else ""
-        raise UserError(f"{path} has no config.json, so it is no model folder{inside}; name a Hugging Face model folder, a hub id or tiny")
-    if not any((path / name).exists() for name in WEIGHTS):
-        found = [name for name in PICKLES if (path / name).exists()]
-        if found:
-            raise UserError(f"{path / found[0]} holds pickled weights, which run code when loaded; safetensors are allowed; convert them first")
-        raise UserError(f"{path} holds no weights; {WEIGHTS[0]} is needed; download or merge the model again")
-    if not any((path / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
-        raise UserError(f"{path} lacks processor files (processor_config.json); save the full processor beside the weights")
 
 
 def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, None)):
@@ -86,6 +67,7 @@ def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, Non
         name: a local folder or hub id.
         pixels: fewest and most pixels an image is resized to; ``None`` keeps the model's own.
     """
+    torchvision_ops.declare()
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(name)
@@ -193,6 +175,7 @@ def _load_unsloth(name: str, bits: int, checkpointing: bool):
 
 
 def _load_transformers(name: str, bits: int, device_map=None, max_memory=None):
+    torchvision_ops.declare()  # before the first import of transformers, which notes what is installed
     import torch
     from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
@@ -205,7 +188,8 @@ def _load_transformers(name: str, bits: int, device_map=None, max_memory=None):
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype(),
-            llm_int8_skip_modules=["lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector"],
+            # Patterns matched from a name's beginning: "visual" alone would miss "model.visual".
+            llm_int8_skip_modules=[f".*{part}" for part in memory.NOT_QUANTISED],
         )
     if device_map is None and torch.cuda.is_available():
         device_map = {"": torch.cuda.current_device()}
@@ -299,9 +283,12 @@ def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, p
         ``(model, processor)``.
 
     Raises:
-        UserError: if something cannot be loaded, or the adapter belongs to another base.
+        UserError: if something cannot be loaded or does not fit the memory at hand, or the adapter belongs to another base.
     """
     name = locate(name)
+    memory.check_inference(name, bits)
+    if adapter is not None:
+        check_adapter(adapter, name)
     model = _load_transformers(name, bits)
     if adapter is not None:
         model = put_adapter(model, adapter)
@@ -309,10 +296,41 @@ def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, p
     return model.eval(), load_processor(source, pixels)
 
 
+def check_adapter(adapter: Path, base: str) -> None:
+    """Raise `UserError` if a saved adapter is none, or was trained on another hub model than ``base``."""
+    config = Path(adapter) / "adapter_config.json"
+    if not config.exists() or not (Path(adapter) / "adapter_model.safetensors").exists():
+        raise UserError(f"{adapter} is no adapter; adapter_config.json and adapter_model.safetensors are needed; "
+                        "name outputs/<run>/adapter")  # fmt: skip
+    trained_on = files.read_json(config).get("base_model_name_or_path")
+    hub = [name for name in (trained_on, base) if name and not Path(name).exists() and name.count("/") == 1]
+    if len(hub) == 2 and hub[0] != hub[1]:
+        raise UserError(f"the adapter {adapter} was trained on {hub[0]}; {hub[1]} is another base; use {hub[0]}")
+
+
 def put_adapter(model, adapter: Path):
-    """Attach a saved adapter; raises `UserError` if it does not fit this base."""
+    """Attach a saved adapter.
+
+    Raises:
+        UserError: if it does not fit this base layer by layer. PEFT alone passes over layers that it cannot place.
+    """
+    torchvision_ops.declare()
     from peft import PeftModel
 
+    stored = weights.of_file(Path(adapter) / "adapter_model.safetensors")
+    for name, tensor in stored.items():
+        layer_name, part, _ = name.removeprefix("base_model.model.").rpartition(".lora_")
+        if not part:
+            continue
+        try:
+            layer = model.get_submodule(layer_name)
+        except AttributeError:
+            raise UserError(f"the adapter {adapter} belongs to another base; this one has no layer {layer_name}; "
+                            "use the base that its adapter_config.json names") from None  # fmt: skip
+        wanted, given = (layer.in_features, tensor.shape[1]) if ".lora_A." in name else (layer.out_features, tensor.shape[0])
+        if wanted != given:
+            raise UserError(f"the adapter {adapter} belongs to another base; {layer_name} has a side of {wanted} here and {given} "
+                            "there; use the base that its adapter_config.json names")  # fmt: skip
     try:
         return PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, OSError) as fault:

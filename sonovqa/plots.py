@@ -6,7 +6,7 @@ import io
 import textwrap
 from collections.abc import Mapping
 
-MODEL, MAJORITY, BLIND = "#1f6fb4", "#8a8a8a", "#d9812e"
+MODEL, MAJORITY, BLIND, BASE = "#1f6fb4", "#8a8a8a", "#d9812e", "#7a4fa3"
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -39,10 +39,10 @@ def _axes(width: float, height: float):
 def overview(questions: Mapping[str, Mapping]) -> str:
     """Every question's headline score with its 95 % interval, beside the majority's and the blind answer's."""
     kinds = list(questions)
-    figure, axes = _axes(6.4, 0.9 + 0.42 * len(kinds))
+    figure, axes = _axes(4.6, 0.9 + 0.42 * len(kinds))  # a phone shows all of it
     for at, kind in enumerate(kinds):
         found = questions[kind]["metrics"][questions[kind]["headline"]]
-        for name, colour, mark in (("majority", MAJORITY, "D"), ("blind", BLIND, "s")):
+        for name, colour, mark in (("majority", MAJORITY, "D"), ("blind", BLIND, "s"), ("base", BASE, "^")):
             other = found.get(name)
             if other and other["value"] is not None:
                 axes.plot(other["value"], at, mark, color=colour, markersize=6, label=name, zorder=3)
@@ -56,7 +56,8 @@ def overview(questions: Mapping[str, Mapping]) -> str:
     axes.grid(axis="x", alpha=0.3)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if handles:
-        axes.legend(handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3, frameon=False)
+        place = {"loc": "lower center", "bbox_to_anchor": (0.35, 1.0), "ncols": 4, "columnspacing": 1}
+        axes.legend(handles.values(), handles.keys(), frameon=False, **place)
     return _svg(figure)
 
 
@@ -80,10 +81,40 @@ def confusion(table: Mapping) -> str:
     return _svg(figure)
 
 
+def reliability(found: Mapping) -> str:
+    """Mean probability against the share that came true, a dot a bin, its area by its rows; on the diagonal it is calibrated."""
+    figure, axes = _axes(3.6, 3.6)
+    axes.plot([0, 1], [0, 1], color=MAJORITY, linewidth=1, linestyle="--")
+    bins, most = found["reliability"], max((one["n"] for one in found["reliability"]), default=1)
+    chances, shares = [one["probability"] for one in bins], [one["share"] for one in bins]
+    axes.plot(chances, shares, color=MODEL, linewidth=1)
+    axes.scatter(chances, shares, s=[20 + 100 * one["n"] / most for one in bins], color=MODEL)
+    axes.set_xlim(-0.03, 1.03)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel(f"probability of {found['of']}" if found["of"][:2] != "P(" else found["of"])
+    axes.set_ylabel("share that came true")
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def coverage(curves: Mapping[str, Mapping]) -> str:
+    """Accuracy of the answers that are given when the least confident are held back, a line a question."""
+    figure, axes = _axes(4.6, 3.6)
+    for kind, found in curves.items():
+        axes.plot([p["coverage"] for p in found["curve"]], [p["accuracy"] for p in found["curve"]], marker=".", label=kind)
+    axes.set_xlim(0, 1.02)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("coverage: share answered, the surest first")
+    axes.set_ylabel("accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=max(len(curves), 1), frameon=False)
+    return _svg(figure)
+
+
 def slices(found: Mapping[str, Mapping], score: str) -> str:
     """A score in every slice with its interval, the worst on top."""
     names = [name for name, figure in found.items() if figure["value"] is not None]
-    figure, axes = _axes(6.4, 0.8 + 0.32 * len(names))
+    figure, axes = _axes(4.2, 0.8 + 0.32 * len(names))
     for at, name in enumerate(names):
         low, high = found[name]["interval"] or (found[name]["value"],) * 2
         axes.plot([low, high], [at, at], color=MODEL, linewidth=2, solid_capstyle="round")

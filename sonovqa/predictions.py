@@ -17,6 +17,9 @@ from sonovqa import files
 from sonovqa.cli import UserError
 
 Key = tuple[str, str]
+#: What an evaluation writes beside its settings; ``--fresh`` throws it away.
+MADE = ("predictions.jsonl", "blind.jsonl", "confidence.jsonl", "unannotated.jsonl", "most-useful.csv", "sessions.jsonl",
+        "scores.json", "report.html")  # fmt: skip
 
 
 def read(path: Path) -> list[dict]:
@@ -113,7 +116,7 @@ def claim(folder: Path, settings: dict, fresh: bool = False) -> None:
     path = folder / "settings.json"
     settings = json.loads(json.dumps(settings))
     if fresh:
-        for name in ("predictions.jsonl", "blind.jsonl", "sessions.jsonl", "scores.json", "report.html", path.name):
+        for name in (*MADE, path.name):
             (folder / name).unlink(missing_ok=True)
     if path.exists():
         before = files.read_json(path)

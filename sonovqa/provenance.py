@@ -79,9 +79,28 @@ def unlike_training(run: Mapping, prompt: str, task: str, pixels: Sequence[int |
         yield Finding("pixels unlike training", None, 0, text)
 
 
-def below_base(rows: Mapping[Key, dict], base: Mapping[Key, dict], name: str, resamples: int, seed: int) -> Iterable[Finding]:
-    """Questions on which a tuned run is below the base it started from (`comparing.compare`)."""
-    for kind, scores in comparing.compare(base, rows, resamples, seed)["questions"].items():
+def beside_base(scores: dict, rows: Mapping[Key, dict], folder: Path, split: str, resamples: int, seed: int) -> list[Finding]:
+    """Put the base a run started from beside its scores, paired (`comparing.compare`), and find where the run is below it.
+
+    Args:
+        scores: what `scoring.score` returned; ``base`` is added to every score that both have, and the comparison's sentence.
+        folder: the base's evaluation.
+    """
+    made = comparing.compare(comparing.load(folder, split), rows, resamples, seed)
+    scores["base"] = {"path": str(folder), "verdict": comparing.verdict(made, "its base", "The run"), "shared": made["shared"]}
+    for kind, compared in made["questions"].items():
+        for name, figure in compared.items():
+            if name in scores["questions"].get(kind, {"metrics": {}})["metrics"]:
+                scores["questions"][kind]["metrics"][name]["base"] = {
+                    "value": figure["first"], "difference": figure["difference"], "difference_interval": figure["interval"],
+                    "n": figure["n"],
+                }  # fmt: skip
+    return [*below_base(made, str(folder))]
+
+
+def below_base(made: Mapping, name: str) -> Iterable[Finding]:
+    """Questions on which a tuned run is below the base it started from, serious where the interval leaves no doubt."""
+    for kind, scores in made["questions"].items():
         score, figure = next(iter(scores.items()))
         if figure["difference"] is not None and figure["difference"] < 0:
             low, high = figure["interval"] or (figure["difference"],) * 2

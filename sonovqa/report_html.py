@@ -42,14 +42,17 @@ def render(record: Mapping, rows: Sequence[Mapping], raw=None, most: int = 200) 
         for kind, about in questions.items()
         for by, found in about["slices"].items()
     }
-    cards = gallery(rows, raw, most)
+    sure = {kind: about["confidence"] for kind, about in questions.items() if "confidence" in about}
+    offered = {(o["image_id"], o["question_id"]): o for found in sure.values() for o in found["fallback"]["offered"]}
+    cards = gallery(rows, raw, most, offered)
     asked = record["arguments"]
     return _template().render(
         name=asked.get("run") or asked.get("model") or asked.get("predictions"),
         record=record, notice=RESEARCH_NOTICE, titles={q.id: q.title for q in QUESTIONS.values()},
         overview=plots.overview(questions), confusion=figures, slices=slices, cards=cards, verdicts=ORDER,
         images=len({row["image_id"] for row in rows}), categories=sorted({card["category"] for card in cards}),
-        number=number, interval=interval,
+        number=number, interval=interval, sure=sure, coverage=plots.coverage(sure) if sure else "",
+        reliability={kind: plots.reliability(found) for kind, found in sure.items()},
     )  # fmt: skip
 
 
@@ -58,14 +61,19 @@ def _drawable(about: Mapping) -> bool:
     return bool(table) and len(table["rows"]) > 1
 
 
-def gallery(rows: Sequence[Mapping], raw, most: int) -> list[dict]:
-    """One card an image with its questions and verdicts: those with most failed, unread or wrong answers come first."""
+def gallery(rows: Sequence[Mapping], raw, most: int, offered: Mapping) -> list[dict]:
+    """One card an image with its questions and verdicts: those with most failed, unread or wrong answers come first.
+
+    Args:
+        offered: by image and question id, the likeliest label in place of an unread answer (`calibration.add`).
+    """
     by_image: dict[str, list[dict]] = defaultdict(list)
     for row in report_sections.expand(rows):
         by_image[row["image_id"]].append({
             "question": row["question_id"], "prompt": row["question"] or row["prompt"], "reference": row["reference"],
             "prediction": row["prediction"] if row["error"] is None else row["error"], "verdict": verdict(row),
             "kind": measures.kind_of(row), "category": row["category"],
+            "offered": offered.get((row["image_id"], row["question_id"])),
         })  # fmt: skip
     worst = sorted(by_image, key=lambda i: (-sum(a["verdict"] != "right" for a in by_image[i]) / len(by_image[i]), i))[:most]
     places = {} if raw is None else {image_id: number for number, image_id in enumerate(raw["image_id"])}

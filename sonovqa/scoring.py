@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,12 +79,19 @@ def _commonest(rows: Sequence[Mapping]) -> str:
     return min(wordings, key=lambda text: (-wordings[text], text))
 
 
-def score(rows: Sequence[Mapping], baselines: Baselines, resamples: int = 1000, seed: int = 0) -> dict:
+#: Further scores of wording by name, from references and answers.
+Wording = Mapping[str, Callable[[Sequence[str], Sequence[str]], Score]]
+
+
+def score(
+    rows: Sequence[Mapping], baselines: Baselines, resamples: int = 1000, seed: int = 0, wording: Wording | None = None
+) -> dict:
     """Score predictions.
 
     Args:
         rows: one a question asked (`asking.row_of`), failed ones with ``error``.
         resamples: bootstrap resamples of groups for the 95 % intervals; 0 leaves them out.
+        wording: scores of wording to have beside `WORDING`, such as `bertscore.BertScore`.
 
     Returns:
         ``{"questions": {kind: {...}}, "overall": {...}, "majority_of", "blind", "intervals"}``, JSON values only, and
@@ -99,7 +106,7 @@ def score(rows: Sequence[Mapping], baselines: Baselines, resamples: int = 1000, 
         kinds[measures.kind_of(row)].append({**row, "quality": quality.get(row["image_id"], "")})
     ordered = sorted(kinds, key=measures.order_of)
     return {
-        "questions": {kind: _score_kind(kind, kinds[kind], baselines, draws) for kind in ordered},
+        "questions": {kind: _score_kind(kind, kinds[kind], baselines, draws, wording or {}) for kind in ordered},
         "overall": _overall(rows, [row for found in kinds.values() for row in found], baselines, draws),
         **({"report": _score_reports(reports, draws)} if reports else {}),
         "majority_of": baselines.majority_of,
@@ -108,13 +115,16 @@ def score(rows: Sequence[Mapping], baselines: Baselines, resamples: int = 1000, 
     }
 
 
-def _score_kind(kind: str, rows: list[dict], baselines: Baselines, draws: Resamples) -> dict:
+def _score_kind(kind: str, rows: list[dict], baselines: Baselines, draws: Resamples, wording: Wording) -> dict:
     answered = [row for row in rows if row["error"] is None]
     texts, groups = [row["prediction"] for row in answered], [row["group"] for row in answered]
     scores = measures.measure(kind, answered, texts)
     others = _others(answered, baselines, lambda said: measures.measure(kind, answered, said))
     headline = measures.headline(kind, scores)
-    bare: dict = {}
+    for other, _ in others.values():  # scores of wording stand without baselines
+        for name in WORDING:
+            other.pop(name)
+    scores |= {name: measure([row["reference"] for row in answered], texts) for name, measure in wording.items()}
     return {
         "asked": len(rows),
         "failed": len(rows) - len(answered),
@@ -126,7 +136,7 @@ def _score_kind(kind: str, rows: list[dict], baselines: Baselines, draws: Resamp
         "majority_answer": baselines.majority.get(kind),
         "headline": headline,
         "metrics": {
-            name: _figure(s, groups, draws, bare if name in WORDING else {o: (m[name], seen) for o, (m, seen) in others.items()})
+            name: _figure(s, groups, draws, {o: (m[name], r) for o, (m, r) in others.items() if name in m})
             for name, s in scores.items()
         },
         "answers": _distribution(answered, texts),

@@ -239,6 +239,7 @@ def address(host: str) -> str:
 
 
 def compact(value: dict) -> str:
+    """JSON without blanks, as it stands on a command line."""
     return json.dumps(value, separators=(",", ":"))
 
 

@@ -5,21 +5,22 @@ Import it after Unsloth, which patches TRL and transformers when it is imported.
 
 from __future__ import annotations
 
+import errno
 import itertools
-import shutil
+import signal
+import threading
 import time
 from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
-from sonovqa import files, losses, records
+from sonovqa import files, losses, records, resuming
 from sonovqa.cli import console
 
-WHOLE = "checkpoint_is_whole"  # written last into a checkpoint: a folder without it was cut off while being written
+PROGRESS = "progress.json"  # in a checkpoint: the curve so far, the seconds it took, whether the training had ended
 
 
 class SharedImageTrainer(SFTTrainer):
@@ -63,6 +64,21 @@ class SharedImageTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _run_epoch(self, *args, **kwargs):
+        """A pass over the data; none for a run that goes on from its last step, where the trainer would take one more."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        """A checkpoint, complete from all processes when this returns. A full disk is an ``OSError``, whoever met it."""
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as fault:  # torch, safetensors and Python each have their own for it
+            if "No space left" in str(fault) or "os error 28" in str(fault) or "file write failed" in str(fault):
+                raise OSError(errno.ENOSPC, "No space left on device", self.args.output_dir) from fault
+            raise
+        self.accelerator.wait_for_everyone()
+
     def create_model_card(self, *args, **kwargs):
         """No card from TRL: it would not say what this run's record says."""
 
@@ -70,35 +86,57 @@ class SharedImageTrainer(SFTTrainer):
 class Progressing(TrainerCallback):
     """A progress bar with the time left, and one line a log step: loss, samples and tokens a second, peak memory.
 
+    Curve and time are kept with every checkpoint, so that a resumed run's record tells of all its steps. The first Ctrl-C
+    ends the training after the step at hand with a checkpoint, the second at once.
+
     Args:
         questions, tokens: of one pass over the training split.
         tracking: a `records.Tracking` or ``None``.
+
+    Attributes:
+        curve: what was logged, ``{step, loss, …}`` each; a ``loss`` is the mean over the steps since the one before.
+        resumed_at: the steps at which the run went on after an interruption.
+        stopped: whether Ctrl-C ended the training.
     """
 
     def __init__(self, questions: int, tokens: int, tracking=None):
         self.per_pass, self.tracking = (questions, tokens), tracking
         self.curve: list[dict] = []
-        self._bar = self._task = self._started = None
-        self._passes = 0.0
+        self.resumed_at: list[int] = []
+        self.stopped = False
+        self._bar = self._task = self._started = self._interrupt = None
+        self._before = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before an interruption included."""
+        return self._before + (time.perf_counter() - self._started)
 
     def on_train_begin(self, args, state, control, **_):
-        """Open the bar; a resumed run starts where it stopped."""
-        self._started, self._passes = time.perf_counter(), state.epoch or 0.0
+        """Open the bar; a resumed run goes on where it stopped."""
+        self._started = time.perf_counter()
+        if state.global_step:
+            self._restore(Path(args.output_dir), state, control)
         columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._bar = Progress(*columns, console=console, transient=True, disable=not state.is_world_process_zero)
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
         self._bar.start()
+        if args.world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._interrupt = signal.signal(signal.SIGINT, self._stop_soon)
 
     def on_step_end(self, args, state, control, **_):
-        """Move the bar."""
+        """Move the bar. Steps since the last log line are logged before a checkpoint, which does not hold them."""
         self._bar.update(self._task, completed=state.global_step)
+        if self.stopped:
+            control.should_training_stop = control.should_save = True
+        if control.should_save:
+            control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **_):
         """Print, keep and track what was logged."""
         if not logs or not state.is_world_process_zero or "train_runtime" in logs:
             return
-        passes = (state.epoch or 0.0) - self._passes
-        seconds = time.perf_counter() - self._started
+        passes, seconds = state.epoch or 0.0, self.seconds
         known = {k: v for k, v in logs.items() if k in ("loss", "eval_loss", "learning_rate", "grad_norm")}
         rates = {"samples_per_second": passes * self.per_pass[0] / seconds, "tokens_per_second": passes * self.per_pass[1] / seconds}
         if "loss" in known:
@@ -111,27 +149,36 @@ class Progressing(TrainerCallback):
         if self.tracking:
             self.tracking.metrics(known, state.global_step)
 
+    def on_save(self, args, state, control, **_):
+        """Finish a checkpoint: curve and time, the mark that it is whole; only then older ones go."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        ended = state.global_step >= state.max_steps or (control.should_training_stop and not self.stopped)
+        kept = {"seconds": self.seconds, "ended": ended, "resumed_at": self.resumed_at, "curve": self.curve}
+        files.write_json(checkpoint / PROGRESS, kept)
+        resuming.mark_whole(checkpoint)
+        resuming.prune(folder, state.best_global_step)
+
     def on_train_end(self, args, state, control, **_):
         """Close the bar."""
+        if self._interrupt:
+            signal.signal(signal.SIGINT, self._interrupt)
         if self._bar:
             self._bar.stop()
 
+    def _restore(self, folder: Path, state, control) -> None:
+        kept = files.read_json(folder / f"checkpoint-{state.global_step}" / PROGRESS)
+        self._before, self.curve, self.resumed_at = kept["seconds"], kept["curve"], [*kept["resumed_at"], state.global_step]
+        control.should_training_stop = kept["ended"]
+        if state.best_global_step:  # the folder may have been moved since
+            state.best_model_checkpoint = str(folder / f"checkpoint-{state.best_global_step}")
+
+    def _stop_soon(self, number, frame) -> None:
+        signal.signal(signal.SIGINT, self._interrupt)
+        self.stopped = True
+        self._say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+
     def _say(self, line: str) -> None:
         (self._bar.console if self._bar else console).print(line)
-
-
-class WholeCheckpoints(TrainerCallback):
-    """Marks a checkpoint as whole once all of its files are on disk."""
-
-    def on_save(self, args, state, control, **_):
-        """Called by the trainer after everything of the checkpoint was written."""
-        if state.is_world_process_zero:
-            files.write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE, f"{state.global_step}\n")
-
-
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint under ``folder``; those cut off while being written are removed."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / WHOLE).exists():
-            shutil.rmtree(path)
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None

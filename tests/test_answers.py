@@ -37,7 +37,13 @@ def wrong(question_id: str, row: dict) -> str:
     return "; ".join(f"{k}: read {got}, meant {wanted[k]}" for k, got in read.items() if k in row and got != wanted[k])
 
 
-@pytest.mark.parametrize("path, question_id, row", [pytest.param(*r, id=f"{r[0].stem}-{r[1]}-{r[2]['text'][:40]}") for r in ROWS])
+def as_test(path: Path, question_id: str, row: dict):
+    """A row as a test; one with `known_miss` is expected to fail, and fails the suite once it no longer does."""
+    marks = [pytest.mark.xfail(reason=row["known_miss"], strict=True)] if "known_miss" in row else []
+    return pytest.param(path, question_id, row, id=f"{path.stem}-{question_id}-{row['text'][:40]}", marks=marks)
+
+
+@pytest.mark.parametrize("path, question_id, row", [as_test(*r) for r in ROWS])
 def test_hard_phrasing(path, question_id, row):
     assert row["source"] in HARD[path]["sources"]
     assert wrong(question_id, row) == ""
@@ -50,16 +56,16 @@ def test_unread_rate(path, capsys):
     unread = sum(answers.read(q, r["text"]) is None for q, r in meant)
     misread = sum(bool(wrong(q, r)) for q, r in rows) - unread
     with capsys.disabled():
-        print(f"\n{path.name}: {len(rows)} phrasings, {unread / len(meant):.1%} of {len(meant)} unread, {misread} misread")
+        print(f"\n{path.name}: {len(rows)} phrasings, unread {unread} of {len(meant)} ({unread / len(meant):.1%}),", end=" ")
+        known = sum("known_miss" in row for _, row in rows)
+        print(f"misread {misread} of {len(rows)} ({misread / len(rows):.1%}); known misses {known}")
     assert unread <= 0.1 * len(meant)
 
 
-@pytest.mark.skipif(len(HARD) < 2, reason="the third collected by fresh eyes, answers_hard_*.toml, is not there yet")
-def test_forty_phrasings_a_question():
-    counts = {q: 0 for q in QUESTIONS}
-    for _, q, _ in ROWS:
-        counts[q] += 1
-    assert min(counts.values()) >= 40, counts
+@pytest.mark.parametrize("question_id", QUESTIONS)
+def test_forty_phrasings_a_question_and_a_third_of_forty_by_fresh_eyes(question_id):
+    stems = [path.stem for path, q, _ in ROWS if q == question_id]
+    assert len(stems) >= 40 and stems.count("answers_hard_fresh") >= 40 / 3
 
 
 # -------------------------------------------------------------------------------------------------- properties

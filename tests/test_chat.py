@@ -73,9 +73,9 @@ def test_report_has_eight_titled_sections_in_order():
 
 
 def test_openai_messages_hold_the_same_text_after_the_image():
-    turns = chat.openai_messages(b"\x89PNG", "Is it normal?", "Pixel size: 0.1 mm")
+    turns = chat.openai_messages(b"\x89PNG", "Is it normal?", "Probe: C5")
     assert [part["type"] for part in turns[1]["content"]] == ["image_url", "text"]
-    assert turns[1]["content"][1] == chat.messages(None, "Is it normal?", "Pixel size: 0.1 mm")[1]["content"][1]
+    assert turns[1]["content"][1] == chat.messages(None, "Is it normal?", "Probe: C5")[1]["content"][1]
     assert turns[1]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
 
 

@@ -187,7 +187,7 @@ def test_one_shot_through_an_endpoint(image):
         prose = run("--endpoint", server.url, "--image", str(image), "--question", "What is it?")
     told = json.loads(done.stdout)
     q7 = QUESTIONS["Q7"].prompts["default"]
-    assert told["answers"] == [{"question_id": "Q7", "question": q7, "answer": f"answer to Pixel size: 1 mm\n{q7}"}]
+    assert told["answers"] == [{"question_id": "Q7", "question": q7, "answer": f"answer to Image size: 64.0 x 48.0 mm\n{q7}"}]
     assert told["model"] == f"phantoms at {server.url}"
     assert (told["image"], told["notice"]) == (str(image), cli.RESEARCH_NOTICE)
     assert prose.stdout == "answer to What is it?\n"

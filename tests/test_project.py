@@ -63,3 +63,11 @@ def test_functions_are_short_and_public_ones_explained():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node) or node.name in ("parse", "main"), f"{path.name}: {node.name} has no docstring"
+
+
+def test_experiments_table_is_what_the_records_say():
+    from sonovqa import tables
+
+    text = (ROOT / "experiments.md").read_text()
+    assert tables.rewritten(text, tables.table(ROOT / "outputs" / "records")) == text, "run: python -m sonovqa.tables"
+    assert all(path.stat().st_size < tables.LARGEST for path in (ROOT / "outputs" / "records").glob("*.json"))

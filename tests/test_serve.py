@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -375,7 +376,7 @@ import openai
 from PIL import Image
 from sonovqa import chat
 from sonovqa.endpoint import Endpoint
-from sonovqa.engines import ImageRequest
+from sonovqa.engines import ImageRequest, LabelRequest
 
 engine = Endpoint(sys.argv[1], retries=0)
 engine.check()
@@ -383,6 +384,8 @@ stream = io.BytesIO()
 Image.new("RGB", (128, 96), (80, 80, 80)).save(stream, "PNG")
 prompts = tuple((f"Q{i}", f"Question {i}: what is seen?") for i in range(1, 9))
 replies = list(engine.answer([ImageRequest(str(i), stream.getvalue(), None, prompts) for i in range(3)], 6))
+closed = tuple((q, p, tuple(texts)) for q, p, texts in json.loads(sys.argv[2]))
+weighed = list(engine.likelihoods([LabelRequest("0", stream.getvalue(), None, closed)]))
 client = openai.OpenAI(base_url=engine.base_url, api_key=os.environ.pop("VLLM_API_KEY"))
 asked = chat.openai_messages(stream.getvalue(), "Is it normal?")
 schema = {"type": "object", "properties": {"normal": {"type": "boolean"}}, "required": ["normal"], "additionalProperties": False}
@@ -401,22 +404,45 @@ try:
 except Exception as fault:
     refused = str(fault)
 told = {"model": engine.model, "replies": len(replies), "errors": errors, "refused": refused}
+told |= {"weighed": {r.question_id: r.error or r.log_likelihoods for r in weighed}}
 told |= {"json": said.choices[0].message.content, "url": fetched}
 print(json.dumps(told))
 """
 
 
+#: Answers of which some begin alike, to be weighed by vLLM and by the local engine.
+CLOSED = [
+    ["Q3", "Identify the imaging plane shown.", ["axial abdomen", "axial thorax", "sagittal NT", "oblique"]],
+    ["Q5", "Estimate the gestational age based on visible features.", ["20-25 weeks", "8-13 weeks"]],
+    ["Q7", "Assess the normality of this ultrasound image.", ["normal", "abnormal: thick nuchal translucency", "abnormal"]],
+]
+
+
+def weighed_here(model, processor) -> dict[str, tuple[float, ...]]:
+    """What the local engine says to `CLOSED` about the client's image."""
+    from sonovqa.engines import LabelRequest
+    from sonovqa.generation import LocalEngine
+
+    stream = io.BytesIO()
+    Image.new("RGB", (128, 96), (80, 80, 80)).save(stream, "PNG")
+    request = LabelRequest("0", stream.getvalue(), None, tuple((q, p, tuple(texts)) for q, p, texts in CLOSED))
+    return {r.question_id: r.log_likelihoods for r in LocalEngine(model.eval(), processor).likelihoods([request])}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 def test_real_vllm_end_to_end(tmp_path, tokenizer):
-    """A random tiny model behind real vLLM: name, key, answers, JSON by schema, no fetching; then all is gone."""
+    """A random tiny model behind real vLLM: name, key, answers and their likelihoods, JSON by schema, no fetching; then gone."""
     from sonovqa import tiny
 
     folder = tmp_path / "demo" / "merged"
-    tiny.make_model(tokenizer, "small").save_pretrained(folder)
-    tiny.make_processor(tokenizer).save_pretrained(folder)
+    model, processor = tiny.make_model(tokenizer, "small"), tiny.make_processor(tokenizer)
+    processor.chat_template = tiny.CHAT_TEMPLATE.replace("assistant '", "assistant\n'").replace("role + ' '", "role + '\n'")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
     port = free_port()
     (tmp_path / "client.py").write_text(CLIENT)
-    client = shlex.join(["env", f"PYTHONPATH={ROOT}", sys.executable, str(tmp_path / "client.py"), f"http://127.0.0.1:{port}"])
+    words = [sys.executable, str(tmp_path / "client.py"), f"http://127.0.0.1:{port}", json.dumps(CLOSED)]
+    client = shlex.join(["env", f"PYTHONPATH={ROOT}", *words])
     env = {k: v for k, v in os.environ.items() if k not in KEYS and not k.lower().endswith("_proxy")}
     words = ["bash", str(ROOT / "serve.sh"), str(folder.parent), "--port", str(port), "--wait", "400", "--then", client]
     env |= {"PYTHON": sys.executable, "VLLM_API_KEY": "a-key-of-the-test"}
@@ -426,6 +452,8 @@ def test_real_vllm_end_to_end(tmp_path, tokenizer):
     told = json.loads(done.stdout.splitlines()[-1])
     assert (told["model"], told["replies"]) == ("demo", 24)
     assert set(told["errors"]) <= {"the answer is empty"}  # a random model may say nothing but spaces
+    here = weighed_here(model, processor)
+    assert {q: pytest.approx(found, abs=0.02) for q, found in here.items()} == told["weighed"]
     assert told["json"] in ('{"normal":true}', '{"normal":false}')
     assert "refuses a request without a key" in told["refused"]
     assert "a-key-of-the-test" not in log + done.stdout + done.stderr

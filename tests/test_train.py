@@ -116,6 +116,17 @@ def test_merge_check_passes_an_untouched_copy_and_catches_what_is_left_out(train
     assert any("processor" in line for line in check_again(copy, base)), "the processor left out"
 
 
+def test_first_step_has_decoded_no_more_than_its_batch(base, data, tmp_path, monkeypatch):
+    from sonovqa import chat, training
+
+    decoded, at_first_step = [], []
+    opened, step = chat.open_image, training.SharedImageTrainer.training_step
+    monkeypatch.setattr(chat, "open_image", lambda data: (decoded.append(1), opened(data))[1])
+    monkeypatch.setattr(training.SharedImageTrainer, "training_step", lambda *a, **k: (at_first_step.append(len(decoded)), step(*a, **k))[1])
+    run(base, data, tmp_path, "lazy", "--steps", "2", "--no-merge")
+    assert at_first_step[0] <= 2 * 4, "16 images stand in the training split; the loader looks one batch ahead"
+
+
 def test_arguments_are_all_checked_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         train.main(["--data", str(tmp_path / "none"), "--batch", "0", "--lr", "-1"])

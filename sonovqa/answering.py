@@ -1,0 +1,79 @@
+"""Who answers an evaluation, and where its answers lie: weights, settings that must not be mixed, folders, the run's base."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from sonovqa import comparing, files
+from sonovqa.cli import UserError
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """``--out``, else ``eval-<split>`` in the run's folder, or for bare models and endpoints in ``outputs/<name>``."""
+    name = args.run or args.model or re.sub(r"^https?://", "", args.endpoint)
+    slug = re.sub(r"[^\w.-]+", "-", Path(name).name if args.run else name).strip("-")
+    task = "" if args.task == "all" else f"-{args.task}"
+    kind = f"eval-{args.split}{task}" + ("-adapter" if args.adapter else "-endpoint" if args.endpoint else "")
+    root = Path(args.run) if args.run and (Path(args.run) / "run.json").exists() else Path("outputs") / slug
+    return args.out or root / kind
+
+
+def model_of(args: argparse.Namespace) -> tuple[str, Path | None]:
+    """The weights to load and the adapter to put on them.
+
+    Raises:
+        UserError: if the run has no merged weights.
+    """
+    folder = Path(args.run)
+    if not (folder / "run.json").exists():
+        return args.run, None
+    if args.adapter:
+        return files.read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"], folder / "adapter"
+    if not (folder / "merged").is_dir():
+        raise UserError(f"{folder} has no merged/ weights; use --adapter, or train.py with --merge")
+    return str(folder / "merged"), None
+
+
+def settings_of(args: argparse.Namespace, about: dict) -> dict:
+    """Everything that changes an answer: predictions made under other settings are never mixed with these."""
+    who = {"endpoint": args.endpoint, "model": args.model}
+    if not args.endpoint:
+        who = {"model": args.run, "weights": identity(args), "bits": args.bits, "shared_prefix": args.shared_prefix}
+    return who | {
+        "adapter": args.adapter, "data": about["fingerprint"], "split": args.split, "prompt": args.prompt,
+        "max_new_tokens": args.max_new_tokens, "min_pixels": args.min_pixels, "max_pixels": args.max_pixels,
+    }  # fmt: skip
+
+
+def identity(args: argparse.Namespace) -> str | None:
+    """Tells a run trained anew under the same name: a hash over the weight files' names, sizes and times."""
+    folder = Path(model_of(args)[1] or model_of(args)[0])
+    found = sorted(folder.glob("*.safetensors"))
+    return files.sha256(*(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in found))[:16] if found else None
+
+
+def base_folder(args: argparse.Namespace, run: dict | None, about: dict) -> Path | None:
+    """Where the base's answers to the same questions lie: ``--base``, or where this script writes those of the run's base.
+
+    Args:
+        run: run.json, or ``None`` for what is no run.
+        about: dataset.json.
+
+    Raises:
+        UserError: if ``--base`` names an evaluation that is not there, or one of other questions.
+    """
+    if args.base is None and run is None:
+        return None
+    name = args.base or run["arguments"]["model"]
+    of_base = {"run": name, "out": None, "adapter": False, "endpoint": None, "model": None}
+    folder = Path(name) if (Path(name) / "settings.json").exists() else output_folder(argparse.Namespace(**vars(args) | of_base))
+    if comparing.same_questions(folder, settings_of(args, about)):
+        return folder
+    if args.base is not None:
+        raise UserError(
+            f"--base; {folder} holds no evaluation of the same data, split and prompts; "
+            f"make it first: python evaluate.py {args.base} --data {args.data} --split {args.split}"
+        )
+    return None

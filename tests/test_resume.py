@@ -1,0 +1,220 @@
+"""`train.py --resume`: a run killed again and again ends in the very weights and curve of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+import train
+from sonovqa import files, resuming, training
+from sonovqa.cli import UserError
+
+STEPS = 9
+
+
+def words(base: Path, data: Path, outputs: Path, name: str, *more: str) -> list[str]:
+    """Dropout, two passes over the data with a shuffle each, steps that are no multiple of the checkpoints'."""
+    flags = ["--model", base, "--data", data, "--outputs", outputs, "--run", name, "--bits", "16", "--report-to", "none", "--lr", "0.01",
+             "--batch", "3", "--accumulate", "1", "--steps", STEPS, "--log-every", "1", "--eval-every", "2", "--warmup", "1",
+             "--max-pixels", "12288", "--dropout", "0.1", "--schedule", "cosine", "--max-images", "12", *more]  # fmt: skip
+    return [str(word) for word in flags]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(base, data, tmp_path_factory) -> Path:
+    """A run that was left alone."""
+    outputs = tmp_path_factory.mktemp("undisturbed")
+    train.main(words(base, data, outputs, "run"))
+    return outputs / "run"
+
+
+def started(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "train.py", *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "500"}, start_new_session=True,
+    )  # fmt: skip
+
+
+def stopped_when(moment, how: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """Run train.py until ``moment()`` is true, send the signal to it and all it started; gives exit status and output."""
+    process = started(*arguments)
+    while process.poll() is None and not moment():
+        time.sleep(0.0005)
+    assert process.poll() is None, process.stdout.read()
+    os.killpg(process.pid, how)
+    said, _ = process.communicate(timeout=120)
+    return process.returncode, said
+
+
+def curve_of(run: Path) -> list[tuple]:
+    curve = json.loads((run / "run.json").read_text())["training"]["curve"]
+    return [(entry["step"], entry.get("loss"), entry.get("eval_loss"), entry.get("learning_rate")) for entry in curve]
+
+
+def same_weights(left: Path, right: Path) -> bool:
+    a, b = load_file(left), load_file(right)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    assert curve_of(run) == curve_of(undisturbed)
+    assert [step for step, loss, *_ in curve_of(run) if loss is not None] == list(range(1, STEPS + 1))
+    assert same_weights(run / "adapter" / "adapter_model.safetensors", undisturbed / "adapter" / "adapter_model.safetensors")
+    assert same_weights(run / "merged" / "model.safetensors", undisturbed / "merged" / "model.safetensors")
+    made, wanted = (json.loads((folder / "run.json").read_text())["training"] for folder in (run, undisturbed))
+    for key in ("steps", "epochs", "loss", "best_validation_loss"):
+        assert made[key] == pytest.approx(wanted[key], rel=1e-12), key
+    assert 0 < made["answers_per_second"] == pytest.approx(wanted["answers_per_second"] * wanted["seconds"] / made["seconds"], rel=0.05)
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_was_not(base, data, undisturbed, tmp_path):
+    """SIGKILL before the first checkpoint, in the middle of writing one, between two, and while merging."""
+    command, run = words(base, data, tmp_path, "run"), tmp_path / "run"
+    at = lambda step: run / "checkpoints" / f"checkpoint-{step}"  # noqa: E731
+    stopped_when(lambda: (run / "checkpoints" / resuming.STARTED).exists(), signal.SIGKILL, *command)
+    assert resuming.stage(run) == "new"
+    stopped_when(lambda: any(at(4).glob("*.safetensors")), signal.SIGKILL, *command, "--resume")
+    assert at(4).exists() and not resuming.is_whole(at(4)), "killed while writing it"
+    _, said = stopped_when(lambda: resuming.is_whole(at(6)), signal.SIGKILL, *command, "--resume")
+    assert "going on from" in said and "checkpoint-2" in said, "the half-written one is not taken for a whole one"
+    stopped_when(lambda: any(run.glob(".merged.unchecked.*")), signal.SIGKILL, *command, "--resume")
+    assert resuming.stage(run) == "trained"
+    done = started(*command, "--resume")
+    said, _ = done.communicate(timeout=300)
+    assert done.returncode == 0 and "merging only" in said and "step " not in said
+    assert_same_run(run, undisturbed)
+    assert json.loads((run / "run.json").read_text())["training"]["resumed_at"] == [2, 6]
+    assert {path.name for path in run.iterdir()} == {"adapter", "merged", "checkpoints", "plan.json", "merge.json", "run.json"}
+
+
+def test_ctrl_c_saves_the_step_at_hand_and_says_how_to_go_on(base, data, undisturbed, tmp_path):
+    command, run = words(base, data, tmp_path, "run"), tmp_path / "run"
+    status, said = stopped_when(lambda: resuming.is_whole(run / "checkpoints" / "checkpoint-2"), signal.SIGINT, *command)
+    assert status == 130 and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("stopped: what was finished is kept; go on with: python train.py --model")
+    last = resuming.last_checkpoint(run / "checkpoints")
+    assert 2 < resuming.number(last) < STEPS
+    train.main([*command, "--resume"])
+    assert_same_run(run, undisturbed)
+
+
+@pytest.fixture
+def interrupted(base, data, tmp_path, monkeypatch) -> Path:
+    """A run that fell over right after its checkpoint at step 4."""
+    monkeypatch.setattr("sonovqa.training.Progressing.on_save", falling(training.Progressing.on_save, after=4))
+    with pytest.raises(Fall):
+        train.main(words(base, data, tmp_path, "run"))
+    monkeypatch.undo()
+    return tmp_path / "run"
+
+
+class Fall(Exception):
+    """What a test makes a run fall over with."""
+
+
+def falling(on_save, after: int):
+    def saved(self, args, state, control, **named):
+        on_save(self, args, state, control, **named)
+        if state.global_step == after:
+            raise Fall
+
+    return saved
+
+
+CHANGED = [
+    (("--lr", "0.02"), "--lr was 0.01 and now is 0.02"),
+    (("--batch", "2"), "--batch was 3 and now is 2"),
+    (("--rank", "8", "--no-vision"), "--rank was 16 and now is 8, --vision was True and now is False"),
+    (("--task", "Q2"), "--task was all and now is Q2"),
+    (("--model", "tiny"), "--model was .* and now is tiny"),
+    (("--epochs", "9"), "--epochs was 3.0 and now is 9.0"),
+]
+
+
+def test_another_command_does_not_go_on(interrupted, base, data, tmp_path):
+    command = words(base, data, tmp_path, "run")
+    for more, told in CHANGED:
+        with pytest.raises(UserError, match=f"--resume; {told}; a run goes on only as it was started"):
+            train.main([*command, "--resume", *more])
+    shutil.copytree(data, tmp_path / "other")
+    files.write_json(tmp_path / "other" / "dataset.json", {"fingerprint": "f" * 64})
+    with pytest.raises(UserError, match="--data was toy and now is ffffffffffff; a run goes on only"):
+        train.main([*words(base, tmp_path / "other", tmp_path, "run"), "--resume"])
+    with pytest.raises(UserError, match="holds an unfinished run; add --resume"):
+        train.main(command)
+
+
+def test_a_moved_run_goes_on_and_is_not_done_twice(interrupted, base, data, undisturbed, tmp_path, capsys):
+    """Fewer log lines, no tracker and another place do not change a run."""
+    shutil.move(tmp_path / "run", tmp_path / "elsewhere" / "run")
+    command = [*words(base, data, tmp_path / "elsewhere", "run"), "--resume"]
+    train.main(command)
+    assert_same_run(tmp_path / "elsewhere" / "run", undisturbed)
+    capsys.readouterr()
+    train.main(command)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is finished; nothing is left to do" in said and "loading" not in said
+
+
+def test_the_best_checkpoint_and_the_patience_outlive_a_resume(base, data, tmp_path, monkeypatch):
+    """A learning rate that spoils the model after step 1: the best stays step 1's, and the run ends after two worse ones."""
+    more = ("--patience", "2", "--lr", "2", "--schedule", "constant_with_warmup", "--eval-every", "1", "--no-merge")
+    train.main(words(base, data, tmp_path, "whole", *more))
+    whole = json.loads((tmp_path / "whole" / "run.json").read_text())["training"]
+    best = min((entry["eval_loss"], entry["step"]) for entry in whole["curve"] if "eval_loss" in entry)[1]
+    assert whole["steps"] == best + 2 < STEPS
+    monkeypatch.setattr("sonovqa.training.Progressing.on_save", falling(training.Progressing.on_save, after=best + 1))
+    with pytest.raises(Fall):
+        train.main(words(base, data, tmp_path, "run", *more))
+    monkeypatch.undo()
+    train.main([*words(base, data, tmp_path, "run", *more), "--resume"])
+    assert curve_of(tmp_path / "run") == curve_of(tmp_path / "whole")
+    assert same_weights(*(tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "whole")))
+
+
+def test_a_run_killed_after_its_last_step_takes_no_further_one(base, data, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr("sonovqa.training.Progressing.on_save", falling(training.Progressing.on_save, after=STEPS))
+    with pytest.raises(Fall):
+        train.main(words(base, data, tmp_path, "run"))
+    monkeypatch.undo()
+    train.main([*words(base, data, tmp_path, "run"), "--resume"])
+    assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_checkpoints_with_something_missing_are_not_whole(tmp_path):
+    for step, whole in ((2, True), (4, True), (10, False)):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        (checkpoint / "weights").write_bytes(b"0" * 100)
+        if whole:
+            resuming.mark_whole(checkpoint)
+    os.truncate(tmp_path / "checkpoint-4" / "weights", 50)  # a disk that lost its last writes
+    assert resuming.last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2"]
+    (tmp_path / "checkpoint-2" / "weights").unlink()  # a kill within its removal
+    assert resuming.last_checkpoint(tmp_path) is None
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoints_before(base, data, tmp_path, monkeypatch):
+    save = torch.save
+
+    def full(value, path, *arguments, **named):
+        if "checkpoint-4" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/1: file write failed")
+        save(value, path, *arguments, **named)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train.main(words(base, data, tmp_path, "run"))
+    assert resuming.number(resuming.last_checkpoint(tmp_path / "run" / "checkpoints")) == 2

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from sonovqa import cli, memory, records, resuming
+from sonovqa import cli, memory, planning, records, resuming
 from sonovqa.cli import UserError, console
 from sonovqa.questions import TASKS
 
@@ -35,13 +35,24 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_argument("--task", choices=TASKS, default="all", help="all eight questions, one combined report, or one question")
     data.add_argument("--max-images", type=int, help="train on this many images, drawn across categories (unset: all)")
     data.add_argument("--min-pixels", type=int, help="fewest pixels an image is resized to (unset: the model's own)")
-    data.add_argument("--max-pixels", type=int, help="most pixels an image is resized to (unset: 262144 = 512x512 worth; tiny: 12288)")
-    data.add_argument("--max-tokens", type=int, default=4096, help="longest training sequence; longer rows are dealt over several")
-    data.add_argument("--batching", choices=("shared", "separate"), default="shared", help="all questions of an image in one sequence, or one each")
+    data.add_argument(
+        "--max-pixels", type=int, help="most pixels an image is resized to (unset: 262144 = 512x512 worth; tiny: 12288)"
+    )
+    data.add_argument(
+        "--max-tokens", type=int, default=4096, help="longest training sequence; longer rows are dealt over several"
+    )
+    data.add_argument(
+        "--batching",
+        choices=("shared", "separate"),
+        default="shared",
+        help="all questions of an image in one sequence, or one each",
+    )
     data.add_argument("--workers", type=int, help="processes that decode images (unset: 4 with CUDA, else none)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="hub id, local folder, or tiny")
-    model.add_argument("--backend", choices=("auto", "unsloth", "transformers"), default="auto", help="auto: Unsloth wherever CUDA allows")
+    model.add_argument(
+        "--backend", choices=("auto", "unsloth", "transformers"), default="auto", help="auto: Unsloth wherever CUDA allows"
+    )
     model.add_argument("--bits", type=int, choices=(4, 8, 16), help="of the frozen base (unset: 4, tiny: 16)")
     model.add_argument("--full", action="store_true", help="train all weights instead of LoRA; needs --bits 16")
     model.add_argument("--rank", type=int, default=16, help="LoRA rank")
@@ -53,10 +64,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--epochs", type=float, default=3.0, help="passes over the training images")
     steps.add_argument("--steps", type=int, help="optimiser steps; overrides --epochs")
-    steps.add_argument("--batch", type=int, default=2, help="sequences a device and micro-batch (shared: images; separate: questions)")
+    steps.add_argument(
+        "--batch", type=int, default=2, help="sequences a device and micro-batch (shared: images; separate: questions)"
+    )
     steps.add_argument("--accumulate", type=int, default=4, help="micro-batches an optimiser step")
     steps.add_argument("--lr", type=float, default=2e-4, help="learning rate")
-    steps.add_argument("--schedule", choices=("linear", "cosine", "constant_with_warmup"), default="linear", help="of the learning rate")
+    steps.add_argument(
+        "--schedule", choices=("linear", "cosine", "constant_with_warmup"), default="linear", help="of the learning rate"
+    )
     steps.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
     steps.add_argument("--optimizer", choices=OPTIMIZERS, help="(unset: adamw_8bit with CUDA, else adamw_torch)")
     steps.add_argument("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
@@ -69,8 +84,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--patience", type=int, help="stop after this many validations without a better loss (unset: never)")
     run.add_argument("--resume", action="store_true", help="go on from the run's last whole checkpoint")
     run.add_argument("--merge", action=flag, default=True, help="write and check merged/ at the end")
-    run.add_argument("--report-to", choices=("mlflow", "none"), default="mlflow", help="tracker; MLFLOW_TRACKING_URI or outputs/mlflow.db")
-    run.add_argument("--dry-run", action="store_true", help="load, check lengths, time a few steps, print the plan, write nothing")
+    run.add_argument(
+        "--report-to", choices=("mlflow", "none"), default="mlflow", help="tracker; MLFLOW_TRACKING_URI or outputs/mlflow.db"
+    )
+    run.add_argument(
+        "--dry-run", action="store_true", help="load, check lengths, time a few steps, print the plan, write nothing"
+    )
     return parser.parse_args(argv)
 
 
@@ -79,15 +98,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     check(args)
     folder, settings = name_run(args), resuming.settings(args)
-    resuming.check_same(folder, settings)
-    if args.resume and not args.dry_run and finished_training(args, folder):
-        return
+    if args.resume and not args.dry_run:
+        from sonovqa import finishing
+
+        resuming.check_same(folder, settings)
+        if finishing.no_step_is_left(args, folder):
+            return
     loaded, base = load(args)
     model = adapt(args, loaded)
     splits, encoder = read_data(args, loaded, model)
     plans = plan(args, splits, encoder)
     trainer, progress = make_trainer(args, folder, model, loaded.processor, splits, encoder, plans)
-    print_plan(args, base, loaded, model, plans)
+    planning.show(args, base, loaded, model, plans)
     if args.dry_run:
         return time_steps(args, trainer)
     resuming.start(folder, settings)
@@ -106,14 +128,29 @@ def check(args: argparse.Namespace) -> None:
     """Every problem of the arguments at once, before anything is loaded."""
     problems = []
     if not (args.data / "dataset.json").exists():
-        problems.append(f"--data {args.data}; no data set there; a folder that prepare_dataset.py wrote is needed; "
-                        f"run `python prepare_dataset.py phantoms --images 2000 --out {args.data}`")  # fmt: skip
-    for name in ("batch", "accumulate", "rank", "alpha", "log_every", "eval_every", "steps", "patience", "max_images", "max_tokens"):
+        problems.append(
+            f"--data {args.data}; no data set there; a folder that prepare_dataset.py wrote is needed; "
+            f"run `python prepare_dataset.py phantoms --images 2000 --out {args.data}`"
+        )
+    for name in (
+        "batch",
+        "accumulate",
+        "rank",
+        "alpha",
+        "log_every",
+        "eval_every",
+        "steps",
+        "patience",
+        "max_images",
+        "max_tokens",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')} {value}; must be 1 or more")
     if args.epochs <= 0 or args.lr <= 0 or not 0 <= args.dropout < 1:
-        problems.append(f"--epochs {args.epochs}, --lr {args.lr} and --dropout {args.dropout}; above 0, above 0 and in [0, 1) are allowed")
+        problems.append(
+            f"--epochs {args.epochs}, --lr {args.lr} and --dropout {args.dropout}; above 0, above 0 and in [0, 1) are allowed"
+        )
     cli.check(problems)
     tiny = args.model.partition("-")[0] == "tiny"
     args.bits = args.bits or (16 if tiny or args.full else 4)
@@ -129,23 +166,12 @@ def name_run(args: argparse.Namespace) -> Path:
         return folder
     stage = resuming.stage(folder)
     if stage == "finished" and not args.resume:
-        raise UserError(f"--run {args.run}; {folder} holds a finished run; it is never overwritten; choose another --run or delete it")
+        raise UserError(
+            f"--run {args.run}; {folder} holds a finished run; it is never overwritten; choose another --run or delete it"
+        )
     if stage != "new" and not args.resume:
         raise UserError(f"--run {args.run}; {folder} holds an unfinished run; add --resume to go on, or delete it")
     return folder
-
-
-def finished_training(args: argparse.Namespace, folder: Path) -> bool:
-    """Whether no step is left to take; a run that was stopped while merging is finished here."""
-    stage = resuming.stage(folder)
-    if stage == "finished":
-        console.print(f"{folder} is finished; nothing is left to do"
-                      + ("" if not args.merge or (folder / "merged").is_dir() else f"; merge it with python -m sonovqa.merging {folder}"))  # fmt: skip
-    elif stage == "trained" and int(os.environ.get("RANK", 0)) == 0:
-        from sonovqa import finishing
-
-        finishing.go_on(args, folder)
-    return stage in ("finished", "trained")
 
 
 def load(args: argparse.Namespace):
@@ -166,7 +192,9 @@ def load(args: argparse.Namespace):
 def adapt(args: argparse.Namespace, loaded):
     from sonovqa import models
 
-    how = models.Adapting(args.rank, args.alpha, args.dropout, args.vision, args.language, args.attention, args.mlp, args.full, args.seed)
+    how = models.Adapting(
+        args.rank, args.alpha, args.dropout, args.vision, args.language, args.attention, args.mlp, args.full, args.seed
+    )
     return models.adapt(loaded, how)
 
 
@@ -181,11 +209,12 @@ def read_data(args: argparse.Namespace, loaded, model):
 
 
 def plan(args: argparse.Namespace, splits, encoder) -> dict:
-    from sonovqa.planning import plan_split
-
     shared = args.batching == "shared"
-    return {name: plan_split(splits[name], name, encoder, args.task, "default", shared, args.max_tokens)
-            for name in ("train", "validation") if len(splits[name])}  # fmt: skip
+    return {
+        name: planning.plan_split(splits[name], name, encoder, args.task, "default", shared, args.max_tokens)
+        for name in ("train", "validation")
+        if len(splits[name])
+    }
 
 
 def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
@@ -193,29 +222,17 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     from datasets import Dataset
     from transformers import EarlyStoppingCallback, PrinterCallback
     from transformers.trainer_callback import ProgressCallback
-    from trl import SFTConfig
 
-    from sonovqa import models, training
+    from sonovqa import training
     from sonovqa.batching import Collator
 
-    cuda, dtype = torch.cuda.is_available(), models.compute_dtype()
-    steps_a_pass = -(-len(plans["train"].items) // (args.batch * args.accumulate * int(os.environ.get("WORLD_SIZE", 1))))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    steps_a_pass = -(-len(plans["train"].items) // (args.batch * args.accumulate * world))
     args.steps = args.steps or max(1, round(args.epochs * steps_a_pass))
     args.eval_every = args.eval_every or max(1, args.steps // 10)
-    args.optimizer = args.optimizer or ("adamw_8bit" if cuda else "adamw_torch")
-    workers = args.workers if args.workers is not None else (4 if cuda else 0)
+    args.optimizer = args.optimizer or ("adamw_8bit" if torch.cuda.is_available() else "adamw_torch")
     validate = "validation" in plans and not args.dry_run
-    config = SFTConfig(
-        output_dir=str(folder / "checkpoints"), max_steps=TIMED_STEPS if args.dry_run else args.steps, per_device_train_batch_size=args.batch,
-        per_device_eval_batch_size=args.batch * 2, gradient_accumulation_steps=args.accumulate, learning_rate=args.lr,
-        lr_scheduler_type=args.schedule, warmup_steps=args.warmup, optim=args.optimizer, weight_decay=args.weight_decay,
-        seed=args.seed, data_seed=args.seed, bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16,
-        gradient_checkpointing=args.checkpointing and cuda, logging_steps=args.log_every, disable_tqdm=True, report_to="none",
-        eval_strategy="steps" if validate else "no", eval_steps=args.eval_every, save_strategy="no" if args.dry_run else "steps", save_steps=args.eval_every,
-        restore_callback_states_from_checkpoint=True, load_best_model_at_end=validate, metric_for_best_model="eval_loss" if validate else None,
-        dataloader_num_workers=workers, dataloader_persistent_workers=workers > 0, remove_unused_columns=False, max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True}, use_cpu=not cuda, ddp_find_unused_parameters=False,
-    )  # fmt: skip
+    config = training.configure(args, folder / "checkpoints", validate, TIMED_STEPS if args.dry_run else args.steps)
     tracking = start_tracking(args) if int(os.environ.get("RANK", 0)) == 0 and not args.dry_run else None
     progress = training.Progressing(plans["train"].questions, plans["train"].tokens, tracking)
     callbacks = [progress]
@@ -223,9 +240,14 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
         callbacks.append(EarlyStoppingCallback(args.patience))
     rows = {name: Dataset.from_list(made.items) for name, made in plans.items()}
     trainer = training.SharedImageTrainer(
-        model=model, args=config, processing_class=processor, callbacks=callbacks,
-        data_collator=Collator(splits, encoder, args.task), train_dataset=rows["train"], eval_dataset=rows.get("validation"),
-    )  # fmt: skip
+        model=model,
+        args=config,
+        processing_class=processor,
+        callbacks=callbacks,
+        data_collator=Collator(splits, encoder, args.task),
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+    )
     for default in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(default)
     return trainer, progress
@@ -241,28 +263,6 @@ def start_tracking(args: argparse.Namespace):
         return None
 
 
-def print_plan(args: argparse.Namespace, base: str, loaded, model, plans: dict) -> None:
-    from rich.table import Table
-
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    table = Table("plan", "", title=f"run {args.run}", title_justify="left", show_header=False)
-    for name, made in plans.items():
-        table.add_row(name, f"{len(made.items)} sequences, {made.questions} answers, {made.tokens} tokens (prefixes {made.prefix_tokens}, "
-                            f"branches {made.branch_tokens}, of them answers {made.answer_tokens}), longest {max(i['tokens'] for i in made.items)}"
-                            + (f"; {made.dealt} rows dealt over several sequences" if made.dealt else ""))  # fmt: skip
-    table.add_row("model", f"{args.model} ({base}), {args.bits} bits, {loaded.backend}: {loaded.why}")
-    table.add_row("trainable", f"{trained:,} parameters" + ("" if args.full else f", LoRA r={args.rank} alpha={args.alpha}"))
-    table.add_row("pixels", f"fewest and most an image: {pixels_of(loaded.processor)}")
-    table.add_row("steps", f"{args.steps} of {args.batch} x {args.accumulate} sequences, {args.optimizer}, lr {args.lr}, {args.schedule}")
-    console.print(table)
-
-
-def pixels_of(processor) -> str:
-    from sonovqa.models import pixel_budget
-
-    return str(pixel_budget(processor) or "fixed by the model")
-
-
 def time_steps(args: argparse.Namespace, trainer) -> None:
     marks = []
     step = trainer.training_step
@@ -270,8 +270,11 @@ def time_steps(args: argparse.Namespace, trainer) -> None:
     trainer.train()
     marks.append(time.perf_counter())
     each = (marks[-1] - marks[args.accumulate]) / (TIMED_STEPS - 1)
-    console.print(f"dry run: {each:.2f} s a step over {TIMED_STEPS - 1} steps, so about {records.duration(each * args.steps)} for {args.steps} steps "
-                  f"(validation, merging and its check not counted); peak memory {records.gigabytes(records.peak_memory())}; nothing was written")  # fmt: skip
+    console.print(
+        f"dry run: {each:.2f} s a step over {TIMED_STEPS - 1} steps, so about {records.duration(each * args.steps)} for "
+        f"{args.steps} steps (validation, merging and its check not counted); peak memory "
+        f"{records.gigabytes(records.peak_memory())}; nothing was written"
+    )
 
 
 def resume_from(args: argparse.Namespace, folder: Path) -> str | None:

@@ -13,17 +13,44 @@ from pathlib import Path
 from sonovqa import cli, files
 
 _VISION = {"patch_size": 16, "spatial_merge_size": 2, "temporal_patch_size": 2, "num_position_embeddings": 2304, "in_channels": 3}
-_SMALL_TOWER = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "deepstack_visual_indexes": [5, 11, 17]}
-_LARGE_TOWER = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16, "deepstack_visual_indexes": [8, 16, 24]}
+_SMALL_TOWER = {
+    "depth": 24,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_heads": 16,
+    "deepstack_visual_indexes": [5, 11, 17],
+}
+_LARGE_TOWER = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "deepstack_visual_indexes": [8, 16, 24],
+}
 
 
 def _text(hidden: int, intermediate: int, layers: int, heads: int, tied: bool) -> dict:
     return {
-        "vocab_size": 151936, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 262144,
-        "rms_norm_eps": 1e-6, "tie_word_embeddings": tied, "bos_token_id": 151643, "eos_token_id": 151645, "pad_token_id": 151643,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 5_000_000, "mrope_section": [24, 20, 20], "mrope_interleaved": True},
-    }  # fmt: skip
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "pad_token_id": 151643,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 5_000_000,
+            "mrope_section": [24, 20, 20],
+            "mrope_interleaved": True,
+        },
+    }
 
 
 QWEN3_VL = {
@@ -41,9 +68,15 @@ def config(size: str):
     text, tower = QWEN3_VL[size]
     vision = _VISION | tower | {"out_hidden_size": text["hidden_size"]}
     return Qwen3VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"], image_token_id=151655,
-        video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653, dtype="bfloat16",
-    )  # fmt: skip
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        dtype="bfloat16",
+    )
 
 
 def write_random(size: str, folder: Path, processor, seed: int = 0) -> None:

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sonovqa import cli, files, merging, models, records
+from sonovqa import cli, files, merging, models, records, resuming
 from sonovqa.cli import console
 from sonovqa.planning import Plan
 
@@ -27,20 +27,34 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
     curve, seconds = progress.curve, progress.seconds
     passes = trainer.state.epoch / seconds
     return {
-        "run": args.run, "finished": records.now(), "arguments": json.loads(json.dumps(vars(args), default=str)) | {"data": str(args.data.resolve())},
-        "base": base, "base_revision": getattr(trainer.model.config, "_commit_hash", None), "backend": loaded.backend,
-        "prompt_variant": "default", "pixels": models.pixel_budget(loaded.processor),
-        "data": files.read_json(args.data / "dataset.json").get("fingerprint"), "check_items": plan.items[: merging.CHECK_ROWS],
-        **records.commit(), "versions": records.versions(), "device": records.device(), "processes": trainer.accelerator.num_processes,
+        "run": args.run,
+        "finished": records.now(),
+        "arguments": json.loads(json.dumps(vars(args), default=str)) | {"data": str(args.data.resolve())},
+        "base": base,
+        "base_revision": getattr(trainer.model.config, "_commit_hash", None),
+        "backend": loaded.backend,
+        "prompt_variant": "default",
+        "pixels": models.pixel_budget(loaded.processor),
+        "data": files.read_json(args.data / "dataset.json").get("fingerprint"),
+        "check_items": plan.items[: merging.CHECK_ROWS],
+        **records.commit(),
+        "versions": records.versions(),
+        "device": records.device(),
+        "processes": trainer.accelerator.num_processes,
         "training": {
-            "steps": trainer.state.global_step, "epochs": trainer.state.epoch, "seconds": round(seconds, 1),
-            "answers_per_second": plan.questions * passes, "tokens_per_second": plan.tokens * passes,
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "seconds": round(seconds, 1),
+            "answers_per_second": plan.questions * passes,
+            "tokens_per_second": plan.tokens * passes,
             "peak_memory_bytes": max([records.peak_memory(), *(entry.get("peak_memory_bytes", 0) for entry in curve)]),
-            "loss": mean_loss(curve), "resumed_at": progress.resumed_at,
+            "loss": mean_loss(curve),
+            "resumed_at": progress.resumed_at,
             "best_validation_loss": trainer.state.best_metric,
-            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad), "curve": curve,
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+            "curve": curve,
         },
-    }  # fmt: skip
+    }
 
 
 def mean_loss(curve: list[dict]) -> float:
@@ -62,10 +76,21 @@ def finish(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict, t
     merge_and_record(args, folder, run, tracking)
 
 
-def go_on(args: argparse.Namespace, folder: Path) -> None:
-    """Finish a run that was stopped after its training: what `save` wrote is merged, checked and recorded."""
-    console.print("the training was finished before: merging only" if args.merge else "the training was finished before")
-    merge_and_record(args, folder, files.read_json(folder / "plan.json"))
+def no_step_is_left(args: argparse.Namespace, folder: Path) -> bool:
+    """Whether a run's training is over. One that was stopped after it is finished here: merged, checked and recorded.
+
+    Raises:
+        UserError: as `finish` does.
+    """
+    stage = resuming.stage(folder)
+    if stage == "finished":
+        unmerged = args.merge and not (folder / "merged").is_dir()
+        hint = f"; merge it with python -m sonovqa.merging {folder}" if unmerged else ""
+        console.print(f"{folder} is finished; nothing is left to do{hint}", soft_wrap=True)
+    elif stage == "trained" and int(os.environ.get("RANK", 0)) == 0:
+        console.print("the training was finished before: " + ("merging only" if args.merge else "only its record is written"))
+        merge_and_record(args, folder, files.read_json(folder / "plan.json"))
+    return stage in ("finished", "trained")
 
 
 def merge_and_record(args: argparse.Namespace, folder: Path, run: dict, tracking=None) -> None:
@@ -100,12 +125,17 @@ def save(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict) -> 
 def say_end(args: argparse.Namespace, folder: Path, run: dict) -> None:
     """The run in four lines: time and memory, merge check, files, what comes next."""
     made, check = run["training"], run.get("merge_check")
-    console.print(f"trained {made['steps']} steps in {records.duration(made['seconds'])}: {made['answers_per_second']:.1f} answers/s, "
-                  f"peak {records.gigabytes(made['peak_memory_bytes'])}, validation loss {made['best_validation_loss'] or float('nan'):.4f}")  # fmt: skip
+    console.print(
+        f"trained {made['steps']} steps in {records.duration(made['seconds'])}: {made['answers_per_second']:.1f} answers/s, "
+        f"peak {records.gigabytes(made['peak_memory_bytes'])}, validation loss {made['best_validation_loss'] or float('nan'):.4f}"
+    )
     if check:
-        console.print(f"merge check passed on {check['rows']} rows: top token agrees at {check['top_agreement']:.2%} of {check['positions']} "
-                      f"answer positions, mean KL {check['mean_kl']:.1e} nats; the {args.bits}-bit model as trained agrees at "
-                      f"{check['drift']['top_agreement']:.2%}")  # fmt: skip
+        console.print(
+            f"merge check passed on {check['rows']} rows: top token agrees at {check['top_agreement']:.2%} of "
+            f"{check['positions']} answer positions, mean KL {check['mean_kl']:.1e} nats; the "
+            f"{args.bits}-bit model as trained agrees at "
+            f"{check['drift']['top_agreement']:.2%}"
+        )
     name = os.path.relpath(folder)
     console.print(f"{name}/  {'adapter/ ' if not args.full else ''}{'merged/ ' if check else ''}run.json\n{cli.RESEARCH_NOTICE}")
     console.print(f"next: python evaluate.py {name} --data {args.data}   then: bash serve.sh {name}")

@@ -136,7 +136,8 @@ def check_training(name: str, bits: int, how: Training) -> None:
     room = free(False)
     if how.merge and (cuda or bits != 16) and merging > room:
         raise UserError(f"--merge; putting {name} together at the end needs about {gigabytes(merging)} of main memory; "
-                        f"{_place(room, False)}; use --no-merge, and merge on another machine with python -m sonovqa.merging")  # fmt: skip
+                        f"{_place(room, False)}; use --no-merge, and "
+                        "merge on another machine with python -m sonovqa.merging")  # fmt: skip
 
 
 def _refuse(name: str, bits: int, need: dict[int, float], room: int, cuda: bool) -> None:

@@ -92,7 +92,9 @@ def verdict(check: dict, shares: dict[str, float]) -> list[str]:
     """What is wrong with a merge, in words; an empty list if nothing is."""
     wrong = []
     if check["top_agreement"] < TOP_AGREEMENT:
-        wrong.append(f"the most likely token agrees at {check['top_agreement']:.2%} of answer positions; {TOP_AGREEMENT:.0%} are needed")
+        wrong.append(
+            f"the most likely token agrees at {check['top_agreement']:.2%} of answer positions; {TOP_AGREEMENT:.0%} are needed"
+        )
     if check["mean_kl"] > MEAN_KL:
         wrong.append(f"mean KL is {check['mean_kl']:.2g} nats; {MEAN_KL} are allowed")
     lost = {name: share for name, share in shares.items() if share < LEAST_SHARE}
@@ -185,7 +187,9 @@ def _base_and_adapter(base: str, adapter: Path | None, gpu_memory: int | None):
     return (models.put_adapter(model, adapter) if adapter else model).eval()
 
 
-def check_merged(merged: Path, adapter: Path | None, batches: list[dict], reference, before: dict, gpu_memory: int | None = None) -> dict:
+def check_merged(
+    merged: Path, adapter: Path | None, batches: list[dict], reference, before: dict, gpu_memory: int | None = None
+) -> dict:
     """Reload merged weights and compare them with base and adapter.
 
     Args:
@@ -219,9 +223,17 @@ def check_merged(merged: Path, adapter: Path | None, batches: list[dict], refere
 def check_complete(folder: Path) -> None:
     """Raise `UserError` unless everything vLLM needs stands beside the weights."""
     models.check_folder(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json", "processor_config.json"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "processor_config.json",
+    ):
         if not (folder / name).exists():
-            raise UserError(f"{folder} lacks {name}; vLLM needs it beside the weights; run `python -m sonovqa.merging` on the run again")
+            raise UserError(
+                f"{folder} lacks {name}; vLLM needs it beside the weights; run `python -m sonovqa.merging` on the run again"
+            )
 
 
 def load_16_bit(name: str, gpu_memory: int | None):
@@ -272,7 +284,9 @@ def run(folder: Path, gpu_memory: int | None) -> dict:
         UserError: with the one line the process ended in.
     """
     words = [sys.executable, "-m", "sonovqa.merging", str(folder)] + (["--gpu-memory", str(gpu_memory)] if gpu_memory else [])
-    done = subprocess.run(words, cwd=Path(__file__).parents[1], env=os.environ | {"UNSLOTH_IS_PRESENT": ""}, capture_output=True, text=True)
+    done = subprocess.run(
+        words, cwd=Path(__file__).parents[1], env=os.environ | {"UNSLOTH_IS_PRESENT": ""}, capture_output=True, text=True
+    )
     if done.returncode == 2:
         raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
     if done.returncode:

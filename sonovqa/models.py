@@ -54,7 +54,9 @@ def locate(name: str) -> str:
     if path.is_dir():
         check_folder(path)
     elif path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"no model folder at {name}; a local folder, a hub id such as Qwen/Qwen3-VL-8B-Instruct, or tiny is allowed")
+        raise UserError(
+            f"no model folder at {name}; a local folder, a hub id such as Qwen/Qwen3-VL-8B-Instruct, or tiny is allowed"
+        )
     else:
         weights.check_hub(name)
     return name
@@ -86,7 +88,9 @@ def set_pixels(processor, fewest: int | None, most: int | None) -> None:
         return
     size = getattr(processor.image_processor, "size", None)
     if size is None or "longest_edge" not in size:
-        raise UserError("--min-pixels/--max-pixels; this model's processor resizes every image to one size; leave the two flags out")
+        raise UserError(
+            "--min-pixels/--max-pixels; this model's processor resizes every image to one size; leave the two flags out"
+        )
     fewest = size["shortest_edge"] if fewest is None else fewest
     most = size["longest_edge"] if most is None else most
     if fewest > most:
@@ -114,7 +118,9 @@ def choose_backend(asked: str = "auto") -> tuple[str, str]:
     if importlib.util.find_spec("unsloth") is None:
         missing.append("unsloth is not installed")
     if asked == "unsloth" and missing:
-        raise UserError(f"--backend unsloth; {' and '.join(missing)}; use --backend auto, or pip install -r requirements.txt on a GPU box")
+        raise UserError(
+            f"--backend unsloth; {' and '.join(missing)}; use --backend auto, or pip install -r requirements.txt on a GPU box"
+        )
     if asked == "transformers" or missing:
         return "transformers", "asked for" if asked == "transformers" else ", ".join(missing)
     return "unsloth", "asked for" if asked == "unsloth" else "CUDA device and package found"
@@ -212,8 +218,14 @@ def _one_line(name: str):
         yield
     except (OSError, ValueError) as fault:
         first = str(fault).strip().splitlines()[0][:300]
-        hint = "set HF_TOKEN to a token that was granted access" if "gated" in str(fault).lower() or "401" in str(fault) else "check the name"
-        raise UserError(f"cannot load --model {name}; {first}; a local folder, a hub id you may read, or tiny is allowed; {hint}") from fault
+        hint = (
+            "set HF_TOKEN to a token that was granted access"
+            if "gated" in str(fault).lower() or "401" in str(fault)
+            else "check the name"
+        )
+        raise UserError(
+            f"cannot load --model {name}; {first}; a local folder, a hub id you may read, or tiny is allowed; {hint}"
+        ) from fault
 
 
 def adapt(loaded: Loaded, how: Adapting):
@@ -329,10 +341,12 @@ def put_adapter(model, adapter: Path):
                             "use the base that its adapter_config.json names") from None  # fmt: skip
         wanted, given = (layer.in_features, tensor.shape[1]) if ".lora_A." in name else (layer.out_features, tensor.shape[0])
         if wanted != given:
-            raise UserError(f"the adapter {adapter} belongs to another base; {layer_name} has a side of {wanted} here and {given} "
-                            "there; use the base that its adapter_config.json names")  # fmt: skip
+            raise UserError(f"the adapter {adapter} belongs to another base; {layer_name} has a side of {wanted} here "
+                            f"and {given} there; use the base that its adapter_config.json names")  # fmt: skip
     try:
         return PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError, OSError) as fault:
         first = str(fault).strip().splitlines()[0][:200]
-        raise UserError(f"the adapter {adapter} does not fit its base: {first}; use the base that its adapter_config.json names") from fault
+        raise UserError(
+            f"the adapter {adapter} does not fit its base: {first}; use the base that its adapter_config.json names"
+        ) from fault

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sonovqa import chat
-from sonovqa.cli import UserError
+from sonovqa.cli import UserError, console
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Plan:
     """The sequences of one split.
 
     Attributes:
-        items: ``{split, row, branches, tokens}`` each: the split's name, the row's number, its branches' numbers and the sequence's length.
+        items: ``{split, row, branches, tokens}`` each: the split's name, the row's
+            number, its branches' numbers and the sequence's length.
         questions: branches in all. dealt: rows whose branches had to be dealt over several sequences.
         prefix_tokens, branch_tokens, answer_tokens: tokens in all, each prefix counted once a sequence.
     """
@@ -72,10 +73,14 @@ def plan_split(source, name: str, encoder, task: str, variant: str, shared: bool
         answer_tokens += sum(told for _, told in branches)
     if too_long:
         longest = max(length for _, length in too_long)
-        raise UserError(f"--max-tokens {max_tokens}; {len(too_long)} images have a question that needs up to {longest} tokens with its "
-                        f"image; nothing is cut in silence; use --max-tokens {longest} or a smaller --max-pixels")  # fmt: skip
+        raise UserError(
+            f"--max-tokens {max_tokens}; {len(too_long)} images have a question that needs up to {longest} tokens with its "
+            f"image; nothing is cut in silence; use --max-tokens {longest} or a smaller --max-pixels"
+        )
     if not items:
-        raise UserError(f"--task {task}; no row of the split has an answer to it; see the questions in dataset.json; choose another --task")
+        raise UserError(
+            f"--task {task}; no row of the split has an answer to it; see the questions in dataset.json; choose another --task"
+        )
     questions = sum(len(item["branches"]) for item in items)
     return Plan(items, questions, dealt, prefix_tokens, branch_tokens, answer_tokens)
 
@@ -87,6 +92,37 @@ def image_size(data: bytes) -> tuple[int, int]:
     with Image.open(io.BytesIO(data)) as image:
         turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
         return image.size[::-1] if turned else image.size
+
+
+def show(args, base: str, loaded, model, plans: dict[str, Plan]) -> None:
+    """Print what a run is about to do.
+
+    Args:
+        args: train.py's arguments, all filled in.
+        base: folder or hub id of the base weights. loaded: the `models.Loaded` base. model: with what is trained attached.
+        plans: by split.
+    """
+    from rich.table import Table
+
+    from sonovqa.models import pixel_budget
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    table = Table("plan", "", title=f"run {args.run}", title_justify="left", show_header=False)
+    for name, made in plans.items():
+        longest = max(item["tokens"] for item in made.items)
+        dealt = f"; {made.dealt} rows dealt over several sequences" if made.dealt else ""
+        table.add_row(
+            name,
+            f"{len(made.items)} sequences, {made.questions} answers, {made.tokens} tokens (prefixes {made.prefix_tokens}, "
+            f"branches {made.branch_tokens}, of them answers {made.answer_tokens}), longest {longest}{dealt}",
+        )
+    named = args.model if args.model == base else f"{args.model} ({base})"
+    table.add_row("model", f"{named}, {args.bits} bits, {loaded.backend}: {loaded.why}")
+    table.add_row("trainable", f"{trained:,} parameters" + ("" if args.full else f", LoRA r={args.rank} alpha={args.alpha}"))
+    table.add_row("pixels", f"fewest and most an image: {pixel_budget(loaded.processor) or 'fixed by the model'}")
+    rows = f"{args.steps} of {args.batch} x {args.accumulate} sequences"
+    table.add_row("steps", f"{rows}, {args.optimizer}, lr {args.lr}, {args.schedule}")
+    console.print(table)
 
 
 def _contexts(source) -> list[str | None]:

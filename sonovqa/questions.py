@@ -52,5 +52,5 @@ CATEGORIES = (
 
 
 def report_text(answers: dict[str, str]) -> str:
-    """The combined report: a ``## Title`` line and the answer for each question id in Q1 … Q8 order; missing ones are left out."""
+    """The combined report: a ``## Title`` line and the answer for each question in Q1 … Q8 order; missing ones left out."""
     return "\n\n".join(f"## {q.title}\n{answers[q.id]}" for q in QUESTIONS.values() if answers.get(q.id))

@@ -1,8 +1,8 @@
 """The results table of experiments.md, made from committed run records; nothing in it is typed by hand.
 
-    python -m sonovqa.tables                          # write the table between its markers
-    python -m sonovqa.tables --check                  # exit 1 if it is not what the records say
-    python -m sonovqa.tables --add outputs/demo       # copy a finished run's record to outputs/records/ first
+python -m sonovqa.tables                          # write the table between its markers
+python -m sonovqa.tables --check                  # exit 1 if it is not what the records say
+python -m sonovqa.tables --add outputs/demo       # copy a finished run's record to outputs/records/ first
 """
 
 from __future__ import annotations
@@ -15,7 +15,20 @@ from sonovqa.cli import UserError, console
 START, END = "<!-- table: python -m sonovqa.tables -->", "<!-- end of table -->"
 ROOT = Path(__file__).resolve().parents[1]
 LARGEST = 20_000  # bytes of a committed record
-COLUMNS = ("run", "model", "data", "device", "answers/s", "peak memory", "time", "loss", "merge check", "commit", "date", "record")
+COLUMNS = (
+    "run",
+    "model",
+    "data",
+    "device",
+    "answers/s",
+    "peak memory",
+    "time",
+    "loss",
+    "merge check",
+    "commit",
+    "date",
+    "record",
+)
 
 
 def slim(run: dict) -> dict:
@@ -29,7 +42,9 @@ def slim(run: dict) -> dict:
     made["training"] = made["training"] | {"curve": curve[:: max(1, len(curve) // 40)]}
     made["arguments"] = {key: value for key, value in made["arguments"].items() if key not in ("outputs",)}
     for name in ("data", "model"):
-        made["arguments"][name] = Path(str(made["arguments"][name])).name if str(made["arguments"][name]).startswith("/") else made["arguments"][name]
+        made["arguments"][name] = (
+            Path(str(made["arguments"][name])).name if str(made["arguments"][name]).startswith("/") else made["arguments"][name]
+        )
     made["base"] = Path(made["base"]).name if made["base"].startswith("/") else made["base"]
     size = len(str(made))
     if size > LARGEST:
@@ -43,11 +58,19 @@ def row(name: str, run: dict) -> list[str]:
     what = f"{given['model']} ({run['weights']})" if run.get("weights") else str(given["model"])
     checked = f"{check['top_agreement']:.2%} of {check['positions']}, KL {check['mean_kl']:.1e}" if check else "not merged"
     return [
-        run["run"], f"{what}, {given['bits']} bits, {run['backend']}", f"{given['data']} `{str(run['data'])[:8]}`", run["device"]["name"],
-        f"{made['answers_per_second']:.1f}", records.gigabytes(made["peak_memory_bytes"]), records.duration(made["seconds"]),
-        f"{made['loss']:.3f}", checked, str(run["commit"])[:8] + (" (dirty)" if run["dirty"] else ""), run["finished"][:10],
+        run["run"],
+        f"{what}, {given['bits']} bits, {run['backend']}",
+        f"{given['data']} `{str(run['data'])[:8]}`",
+        run["device"]["name"],
+        f"{made['answers_per_second']:.1f}",
+        records.gigabytes(made["peak_memory_bytes"]),
+        records.duration(made["seconds"]),
+        f"{made['loss']:.3f}",
+        checked,
+        str(run["commit"])[:8] + (" (dirty)" if run["dirty"] else ""),
+        run["finished"][:10],
         f"[{name}](outputs/records/{name})",
-    ]  # fmt: skip
+    ]
 
 
 def table(folder: Path) -> str:
@@ -61,7 +84,9 @@ def table(folder: Path) -> str:
 def rewritten(text: str, made: str) -> str:
     """``text`` with the part between the markers replaced. Raises `UserError` if the markers are not there once, in order."""
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise UserError(f"experiments.md lacks its markers; {START} and {END} must stand there once, in this order; put them back")
+        raise UserError(
+            f"experiments.md lacks its markers; {START} and {END} must stand there once, in this order; put them back"
+        )
     return text[: text.index(START) + len(START)] + f"\n{made}\n" + text[text.index(END) :]
 
 
@@ -76,12 +101,17 @@ def main(argv: list[str] | None = None) -> int:
     for run_folder in args.add:
         run = records.read_run(run_folder)
         if run is None:
-            raise UserError(f"--add {run_folder}; no run.json there, so the run is not finished; a finished run's folder is allowed; train it first")
+            raise UserError(
+                f"--add {run_folder}; no run.json there, so the run is not finished; "
+                "a finished run's folder is allowed; train it first"
+            )
         files.write_json(folder / f"{run['run']}.json", slim(run | ({"weights": args.weights} if args.weights else {})))
     text = page.read_text(encoding="utf-8")
     new = rewritten(text, table(folder))
     if args.check:
-        console.print("experiments.md is what the records say" if new == text else "experiments.md is out of date: python -m sonovqa.tables")
+        console.print(
+            "experiments.md is what the records say" if new == text else "experiments.md is out of date: python -m sonovqa.tables"
+        )
         return int(new != text)
     files.write_text(page, new)
     return 0

@@ -87,7 +87,9 @@ def make_processor(tokenizer, pixels: tuple[int, int] = PIXELS):
     # Ultrasound is mostly black: its own mean and spread, not ImageNet's, keep a small vision tower awake.
     shape = {"patch_size": 16, "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.15] * 3, "image_std": [0.2] * 3,
              "size": {"shortest_edge": pixels[0], "longest_edge": pixels[1]}}  # fmt: skip
-    return Qwen3VLProcessor(Qwen2VLImageProcessor(**shape), tokenizer, Qwen3VLVideoProcessor(**shape), chat_template=CHAT_TEMPLATE)
+    return Qwen3VLProcessor(
+        Qwen2VLImageProcessor(**shape), tokenizer, Qwen3VLVideoProcessor(**shape), chat_template=CHAT_TEMPLATE
+    )
 
 
 def make_model(tokenizer, size: str = "base", seed: int = 0):
@@ -107,7 +109,7 @@ def make_model(tokenizer, size: str = "base", seed: int = 0):
         "vocab_size": len(tokenizer), "hidden_size": wide["hidden"], "intermediate_size": 3 * wide["hidden"],
         "num_hidden_layers": wide["layers"], "num_attention_heads": wide["hidden"] // 32, "head_dim": 32,
         "num_key_value_heads": wide["hidden"] // 64, "max_position_embeddings": 4096, "initializer_range": 0.06,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
         "tie_word_embeddings": True, "pad_token_id": token("<|endoftext|>"), "eos_token_id": token("<|im_end|>"),
         "bos_token_id": None,
     }  # fmt: skip
@@ -189,8 +191,8 @@ def build(recipe: Recipe, folder: Path) -> None:
         processor.save_pretrained(part)
         files.write_json(part / "tiny.json", {
             "recipe": asdict(recipe), "made": records.now(), "seconds": round(time.perf_counter() - started), "final_loss": loss,
-            "learnt_from": f"{recipe.images} phantoms of patients {PATIENTS}*, drawn with seed {recipe.seed} for this alone; images of "
-                           f"{', '.join(recipe.seen)}; of the other categories the answers only, beside a grey image",
+            "learnt_from": f"{recipe.images} phantoms of patients {PATIENTS}*, drawn with seed {recipe.seed} for this alone; "
+                           f"images of {', '.join(recipe.seen)}; of the other categories the answers only, beside a grey image",
             "parameters": sum(p.numel() for p in model.parameters()), **records.commit(), "versions": records.versions(),
         })  # fmt: skip
 

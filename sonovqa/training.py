@@ -15,12 +15,59 @@ from pathlib import Path
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
-from sonovqa import files, losses, records, resuming
+from sonovqa import files, losses, models, records, resuming
 from sonovqa.cli import console
 
 PROGRESS = "progress.json"  # in a checkpoint: the curve so far, the seconds it took, whether the training had ended
+
+
+def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
+    """TRL's configuration from train.py's arguments.
+
+    Args:
+        args: the arguments, all filled in.
+        folder: where checkpoints go.
+        validate: whether there is a validation split whose loss chooses the best checkpoint.
+        steps: optimiser steps.
+    """
+    cuda, dtype = torch.cuda.is_available(), models.compute_dtype()
+    workers = args.workers if args.workers is not None else (4 if cuda else 0)
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=args.batch,
+        per_device_eval_batch_size=args.batch * 2,
+        gradient_accumulation_steps=args.accumulate,
+        learning_rate=args.lr,
+        lr_scheduler_type=args.schedule,
+        warmup_steps=args.warmup,
+        optim=args.optimizer,
+        weight_decay=args.weight_decay,
+        seed=args.seed,
+        data_seed=args.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        gradient_checkpointing=args.checkpointing and cuda,
+        logging_steps=args.log_every,
+        disable_tqdm=True,
+        report_to="none",  # `records.Tracking` does it
+        eval_strategy="steps" if validate else "no",
+        eval_steps=args.eval_every,
+        save_strategy="no" if args.dry_run else "steps",
+        save_steps=args.eval_every,
+        restore_callback_states_from_checkpoint=True,
+        load_best_model_at_end=validate,
+        metric_for_best_model="eval_loss" if validate else None,
+        dataloader_num_workers=workers,
+        dataloader_persistent_workers=workers > 0,
+        remove_unused_columns=False,
+        max_length=None,  # else TRL cuts image tokens
+        dataset_kwargs={"skip_prepare_dataset": True},
+        use_cpu=not cuda,
+        ddp_find_unused_parameters=False,
+    )
 
 
 class SharedImageTrainer(SFTTrainer):
@@ -138,11 +185,16 @@ class Progressing(TrainerCallback):
             return
         passes, seconds = state.epoch or 0.0, self.seconds
         known = {k: v for k, v in logs.items() if k in ("loss", "eval_loss", "learning_rate", "grad_norm")}
-        rates = {"samples_per_second": passes * self.per_pass[0] / seconds, "tokens_per_second": passes * self.per_pass[1] / seconds}
+        rates = {
+            "samples_per_second": passes * self.per_pass[0] / seconds,
+            "tokens_per_second": passes * self.per_pass[1] / seconds,
+        }
         if "loss" in known:
             known |= rates | {"peak_memory_bytes": records.peak_memory()}
-            self._say(f"step {state.global_step:>5}  loss {known['loss']:.4f}  {rates['samples_per_second']:.1f} answers/s  "
-                      f"{rates['tokens_per_second']:.0f} tokens/s  peak {records.gigabytes(known['peak_memory_bytes'])}")  # fmt: skip
+            self._say(
+                f"step {state.global_step:>5}  loss {known['loss']:.4f}  {rates['samples_per_second']:.1f} answers/s  "
+                f"{rates['tokens_per_second']:.0f} tokens/s  peak {records.gigabytes(known['peak_memory_bytes'])}"
+            )
         elif "eval_loss" in known:
             self._say(f"step {state.global_step:>5}  validation loss {known['eval_loss']:.4f}")
         self.curve.append({"step": state.global_step, **known})

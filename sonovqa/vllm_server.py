@@ -18,11 +18,12 @@ SERVER = "vllm.entrypoints.openai.api_server"
 REGISTRY = "vllm.model_executor.models.registry"
 INSPECT = "--inspect-model-class"
 
-torchvision_ops.hide_unloadable("torchcodec")
-if torchvision_ops.declare() and INSPECT not in sys.argv:
-    from vllm.model_executor.models import registry
+if __name__ in ("__main__", "__mp_main__"):  # the second is what a spawned child calls the main module
+    torchvision_ops.hide_unloadable("torchcodec")
+    if torchvision_ops.declare() and INSPECT not in sys.argv:
+        from vllm.model_executor.models import registry
 
-    registry._SUBPROCESS_COMMAND = [sys.executable, "-m", "sonovqa.vllm_server", INSPECT]
+        registry._SUBPROCESS_COMMAND = [sys.executable, "-m", "sonovqa.vllm_server", INSPECT]
 
 if __name__ == "__main__":
     runpy.run_module(REGISTRY if INSPECT in sys.argv else SERVER, run_name="__main__")

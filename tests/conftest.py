@@ -21,8 +21,14 @@ from sonovqa.questions import QUESTIONS, SYSTEM_TEXT  # noqa: E402
 torchvision_ops.declare()
 
 CORPUS = [SYSTEM_TEXT, *(q.prompts["default"] for q in QUESTIONS.values())] * 20 + [
-    "cephalic, axial, occiput left", "routine monitoring", "HC, BPD", "20-25 weeks", "normal", "thalami, falx", "good",
-] * 20  # fmt: skip
+    "cephalic, axial, occiput left",
+    "routine monitoring",
+    "HC, BPD",
+    "20-25 weeks",
+    "normal",
+    "thalami, falx",
+    "good",
+] * 20
 
 
 @pytest.fixture(scope="session")
@@ -58,18 +64,36 @@ def data(tmp_path_factory) -> Path:
     from datasets import Dataset, DatasetDict, Features, Image, Value
 
     entry = {name: Value("string") for name in ("question_id", "question", "answer", "label", "answer_type")}
-    features = Features({"image": Image(), "image_id": Value("string"), "group": Value("string"), "category": Value("string"), "questions": [entry]})
+    features = Features(
+        {
+            "image": Image(),
+            "image_id": Value("string"),
+            "group": Value("string"),
+            "category": Value("string"),
+            "questions": [entry],
+        }
+    )
 
     def row(i: int) -> dict:
         data = io.BytesIO()
         noise_image(96, 64, i).point(lambda v: v // (1 + 7 * (i % 2))).save(data, "PNG")
         answers = {q: CORPUS[-7:][(i + k) % 7] for k, q in enumerate(QUESTIONS)} | {"Q2": CORPUS[-7:][i % 2]}
-        questions = [{"question_id": q, "question": QUESTIONS[q].title, "answer": a, "label": a, "answer_type": "open"} for q, a in answers.items()]
-        return {"image": {"bytes": data.getvalue(), "path": None}, "image_id": f"A/{i}.png", "group": f"g{i}", "category": "Abdomen",
-                "questions": questions if i != 3 else questions[:1]}  # fmt: skip
+        questions = [
+            {"question_id": q, "question": QUESTIONS[q].title, "answer": a, "label": a, "answer_type": "open"}
+            for q, a in answers.items()
+        ]
+        return {
+            "image": {"bytes": data.getvalue(), "path": None},
+            "image_id": f"A/{i}.png",
+            "group": f"g{i}",
+            "category": "Abdomen",
+            "questions": questions if i != 3 else questions[:1],
+        }
 
     folder = tmp_path_factory.mktemp("data") / "toy"
     parts = {"train": range(16), "validation": range(16, 20), "test": range(20, 24)}
-    DatasetDict({name: Dataset.from_list([row(i) for i in rows], features=features) for name, rows in parts.items()}).save_to_disk(folder)
+    DatasetDict(
+        {name: Dataset.from_list([row(i) for i in rows], features=features) for name, rows in parts.items()}
+    ).save_to_disk(folder)
     files.write_json(folder / "dataset.json", {"fingerprint": "toy"})
     return folder

@@ -59,7 +59,9 @@ def test_exported_set_has_the_tokens_and_labels_of_training(task, base, data, tm
 
 def test_loss_falls_on_answer_and_end_of_turn_only(base, data):
     processor = models.load_processor(str(base))
-    batch = batching.Collator(dataset.load_undecoded(data), batching.Encoder(processor))([{"split": "train", "row": 0, "branches": [1, 6]}])
+    batch = batching.Collator(dataset.load_undecoded(data), batching.Encoder(processor))(
+        [{"split": "train", "row": 0, "branches": [1, 6]}]
+    )
     told = batch["labels"][0][batch["labels"][0] != batching.IGNORED]
     row = dataset.load(data)["train"].remove_columns("image")[0]["questions"]
     assert processor.tokenizer.decode(told) == f"{row[1]['answer']}<|im_end|>{row[6]['answer']}<|im_end|>"

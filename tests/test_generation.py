@@ -13,7 +13,11 @@ from sonovqa import chat
 from sonovqa.engines import ImageRequest
 from sonovqa.generation import LocalEngine, stream
 
-PROMPTS = [("Q3", "Identify the imaging plane shown."), ("Q7", "Is it normal?"), ("x", "Tell me all there is to see in this image.")]
+PROMPTS = [
+    ("Q3", "Identify the imaging plane shown."),
+    ("Q7", "Is it normal?"),
+    ("x", "Tell me all there is to see in this image."),
+]
 
 
 def png(image) -> bytes:

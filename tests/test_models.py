@@ -115,7 +115,10 @@ def refused(kind: type, status: int):
 
 
 HUB = [
-    (refused(errors.GatedRepoError, 403), "owner/model is gated; no token is set; accept its terms at https://huggingface.co/owner/model"),
+    (
+        refused(errors.GatedRepoError, 403),
+        "owner/model is gated; no token is set; accept its terms at https://huggingface.co/owner/model",
+    ),
     (refused(errors.RepositoryNotFoundError, 401), "the hub has no model owner/model, or it is private; no token is set"),
     (errors.LocalEntryNotFoundError("told\nby the hub"), "not in the cache and the hub cannot be reached"),
     (refused(errors.RemoteEntryNotFoundError, 404), "has no config.json"),
@@ -136,7 +139,11 @@ def test_a_hub_id_that_cannot_be_read_is_one_line(fault, told, monkeypatch):
 
 
 def test_names_that_are_neither_folder_nor_hub_id():
-    wrong = (("./gone", "no model folder at ./gone"), ("two words/x", "no model folder and no hub id"), ("a/b/c", "no model folder"))
+    wrong = (
+        ("./gone", "no model folder at ./gone"),
+        ("two words/x", "no model folder and no hub id"),
+        ("a/b/c", "no model folder"),
+    )
     for name, told in wrong:
         with pytest.raises(UserError, match=told):
             models.locate(name)

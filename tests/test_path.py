@@ -24,8 +24,31 @@ def walked(tmp_path_factory) -> Path:
     """Data set, base scores and a run tuned for a minute."""
     home = tmp_path_factory.mktemp("path")
     command("prepare_dataset.py", "phantoms", "--images", 420, "--size", "400x300", "--out", home / "set")
-    command("train.py", "--data", home / "set", "--model", "tiny", "--outputs", home, "--run", "tuned", "--steps", 120, "--batch", 12,
-            "--accumulate", 1, "--lr", 4e-3, "--schedule", "cosine", "--eval-every", 60, "--report-to", "none")  # fmt: skip
+    command(
+        "train.py",
+        "--data",
+        home / "set",
+        "--model",
+        "tiny",
+        "--outputs",
+        home,
+        "--run",
+        "tuned",
+        "--steps",
+        120,
+        "--batch",
+        12,
+        "--accumulate",
+        1,
+        "--lr",
+        4e-3,
+        "--schedule",
+        "cosine",
+        "--eval-every",
+        60,
+        "--report-to",
+        "none",
+    )
     command("evaluate.py", "tiny", "--data", home / "set", "--no-blind", "--out", home / "base")
     command("evaluate.py", home / "tuned", "--data", home / "set", "--base", home / "base", "--out", home / "scores")
     return home

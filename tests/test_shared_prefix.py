@@ -11,7 +11,11 @@ from sonovqa import batching, losses, models
 
 QUESTIONS = {  # rows of 1, 3 and 8 questions; one branch far longer than the rest
     0: [("Identify the imaging plane shown.", "cephalic, axial, occiput left")],
-    1: [("Assess the image quality.", "good"), ("Is it normal?", "normal"), ("Describe everything at length.", "thalami, falx " * 25)],
+    1: [
+        ("Assess the image quality.", "good"),
+        ("Is it normal?", "normal"),
+        ("Describe everything at length.", "thalami, falx " * 25),
+    ],
     2: [(f"Question number {k}?", f"answer {k} of eight" * (k % 3 + 1)) for k in range(8)],
 }
 SIZES = {0: (128, 96), 1: (60, 90), 2: (200, 80)}
@@ -38,7 +42,9 @@ def all_in_fp64(monkeypatch):
 
 def batch_of(encoder, rows, split: bool, weight=lambda row, k: 1.0):
     """One batch: a sequence a row, or a sequence a branch."""
-    layout = [(r, [k]) for r in rows for k in range(len(QUESTIONS[r]))] if split else [(r, range(len(QUESTIONS[r]))) for r in rows]
+    layout = (
+        [(r, [k]) for r in rows for k in range(len(QUESTIONS[r]))] if split else [(r, range(len(QUESTIONS[r]))) for r in rows]
+    )
     prefixes, vision = encoder.prefixes([noise_image(*SIZES[r], seed=r) for r, _ in layout], [CONTEXT[r] for r, _ in layout])
     branches = [[encoder.branch(*QUESTIONS[r][k], weight=weight(r, k)) for k in ks] for r, ks in layout]
     return batching.assemble(prefixes, branches, encoder.tokenizer.pad_token_id) | vision

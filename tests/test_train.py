@@ -14,9 +14,39 @@ import train
 from sonovqa import files, merging, models, tiny
 from sonovqa.cli import UserError
 
+
 def run(base: Path, data: Path, outputs: Path, name: str, *more: str) -> dict:
-    words = ["--model", base, "--data", data, "--outputs", outputs, "--run", name, "--bits", "16", "--report-to", "none", "--lr", "0.01",
-             "--batch", "4", "--accumulate", "1", "--steps", "6", "--log-every", "1", "--eval-every", "3", "--warmup", "1", "--max-pixels", "12288", *more]  # fmt: skip
+    words = [
+        "--model",
+        base,
+        "--data",
+        data,
+        "--outputs",
+        outputs,
+        "--run",
+        name,
+        "--bits",
+        "16",
+        "--report-to",
+        "none",
+        "--lr",
+        "0.01",
+        "--batch",
+        "4",
+        "--accumulate",
+        "1",
+        "--steps",
+        "6",
+        "--log-every",
+        "1",
+        "--eval-every",
+        "3",
+        "--warmup",
+        "1",
+        "--max-pixels",
+        "12288",
+        *more,
+    ]
     train.main([str(word) for word in words])
     record = outputs / name / "run.json"
     return json.loads(record.read_text()) if record.exists() else {}
@@ -37,7 +67,9 @@ def losses_of(record: dict) -> list[float]:
 def test_a_run_leaves_exactly_these_files(trained):
     record = json.loads((trained / "run.json").read_text())
     assert {p.name for p in trained.iterdir()} == {"adapter", "merged", "checkpoints", "plan.json", "merge.json", "run.json"}
-    assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json"} <= {p.name for p in (trained / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "processor_config.json"} <= {
+        p.name for p in (trained / "adapter").iterdir()
+    }
     merging.check_complete(trained / "merged")
     assert {t.dtype for t in load_file(trained / "merged" / "model.safetensors").values()} == {torch.bfloat16}
     assert record["merge_check"]["wrong"] == [] and record["merge_check"]["rows"] == 16
@@ -51,7 +83,9 @@ def test_a_finished_run_is_never_overwritten(trained, base, data):
         run(base, data, trained.parent, "whole")
 
 
-@pytest.mark.parametrize("words", [("--batch", "2", "--accumulate", "2"), ("--batch", "1", "--accumulate", "4", "--workers", "1")])
+@pytest.mark.parametrize(
+    "words", [("--batch", "2", "--accumulate", "2"), ("--batch", "1", "--accumulate", "4", "--workers", "1")]
+)
 def test_loss_does_not_hang_on_how_a_step_is_dealt(trained, base, data, tmp_path, words):
     """Rows of one and of eight questions: a mean of means would differ."""
     record = run(base, data, tmp_path, "dealt", *words, "--no-merge")
@@ -61,7 +95,21 @@ def test_loss_does_not_hang_on_how_a_step_is_dealt(trained, base, data, tmp_path
 
 def test_separate_batching_starts_from_the_same_validation_loss(trained, base, data, tmp_path):
     shared = run(base, data, tmp_path, "shared", "--steps", "1", "--eval-every", "1", "--lr", "1e-9", "--no-merge")
-    separate = run(base, data, tmp_path, "separate", "--steps", "1", "--eval-every", "1", "--lr", "1e-9", "--no-merge", "--batching", "separate")
+    separate = run(
+        base,
+        data,
+        tmp_path,
+        "separate",
+        "--steps",
+        "1",
+        "--eval-every",
+        "1",
+        "--lr",
+        "1e-9",
+        "--no-merge",
+        "--batching",
+        "separate",
+    )
     assert shared["training"]["best_validation_loss"] == pytest.approx(separate["training"]["best_validation_loss"], rel=1e-5)
 
 
@@ -110,7 +158,9 @@ def test_merge_check_passes_an_untouched_copy_and_catches_what_is_left_out(train
     assert any("lack part of their adapter" in line for line in check_again(copy, base)), "the whole adapter left out"
     layer = "model.language_model.layers.1.self_attn.o_proj.weight"
     save_file(weights | {layer: own[layer]}, copy / "merged" / "model.safetensors", {"format": "pt"})
-    assert any("1 layers lack" in line and layer.removesuffix(".weight") in line for line in check_again(copy, base)), "one layer's"
+    assert any("1 layers lack" in line and layer.removesuffix(".weight") in line for line in check_again(copy, base)), (
+        "one layer's"
+    )
     save_file(weights, copy / "merged" / "model.safetensors", {"format": "pt"})
     (copy / "merged" / "processor_config.json").unlink()
     assert any("processor" in line for line in check_again(copy, base)), "the processor left out"
@@ -122,7 +172,9 @@ def test_first_step_has_decoded_no_more_than_its_batch(base, data, tmp_path, mon
     decoded, at_first_step = [], []
     opened, step = chat.open_image, training.SharedImageTrainer.training_step
     monkeypatch.setattr(chat, "open_image", lambda data: (decoded.append(1), opened(data))[1])
-    monkeypatch.setattr(training.SharedImageTrainer, "training_step", lambda *a, **k: (at_first_step.append(len(decoded)), step(*a, **k))[1])
+    monkeypatch.setattr(
+        training.SharedImageTrainer, "training_step", lambda *a, **k: (at_first_step.append(len(decoded)), step(*a, **k))[1]
+    )
     run(base, data, tmp_path, "lazy", "--steps", "2", "--no-merge")
     assert at_first_step[0] <= 2 * 4, "16 images stand in the training split; the loader looks one batch ahead"
 

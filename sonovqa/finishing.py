@@ -44,7 +44,7 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
         "training": {
             "steps": trainer.state.global_step,
             "epochs": trainer.state.epoch,
-            "seconds": round(seconds, 1),
+            "seconds": round(seconds, 3),
             "answers_per_second": plan.questions * passes,
             "tokens_per_second": plan.tokens * passes,
             "peak_memory_bytes": max([records.peak_memory(), *(entry.get("peak_memory_bytes", 0) for entry in curve)]),

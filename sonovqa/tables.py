@@ -7,6 +7,7 @@ python -m sonovqa.tables --add outputs/demo       # copy a finished run's record
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sonovqa import cli, files, records
@@ -39,14 +40,14 @@ def slim(run: dict) -> dict:
     """
     made = {key: value for key, value in run.items() if key not in ("check_items", "live")}
     curve = made["training"]["curve"]
-    made["training"] = made["training"] | {"curve": curve[:: max(1, len(curve) // 40)]}
+    made["training"] = made["training"] | {"curve": curve[:: -(-len(curve) // 20) or 1]}
     made["arguments"] = {key: value for key, value in made["arguments"].items() if key not in ("outputs",)}
     for name in ("data", "model"):
         made["arguments"][name] = (
             Path(str(made["arguments"][name])).name if str(made["arguments"][name]).startswith("/") else made["arguments"][name]
         )
     made["base"] = Path(made["base"]).name if made["base"].startswith("/") else made["base"]
-    size = len(str(made))
+    size = len(json.dumps(made, indent=2, ensure_ascii=False).encode())
     if size > LARGEST:
         raise UserError(f"the record of {run['run']}; {size} bytes; at most {LARGEST} are kept in the repository; log less often")
     return made

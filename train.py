@@ -4,7 +4,7 @@
     python train.py --data data/clinic --run clinic-8b                      # Qwen3-VL-8B-Instruct, 4 bits, one GPU
     python train.py --data data/clinic --run q7 --task Q7 --epochs 1
     python train.py --data data/clinic --dry-run                            # plan, lengths, time and memory
-    torchrun --nproc_per_node=2 train.py --data data/clinic --run clinic-2gpu
+    torchrun --nproc_per_node=2 train.py --data data/clinic --run-name clinic-2gpu
 
 It writes outputs/<run>/: adapter/, merged/ (16-bit, as vLLM loads it), checkpoints/, run.json (last). Every answer is
 supervised on itself and its end of turn only; all questions of an image train in one sequence (--batching shared).
@@ -16,10 +16,9 @@ import argparse
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 
-from sonovqa import cli, memory, planning, records, resuming
+from sonovqa import cli, memory, planning, prompt_variants, records, resuming, weighting
 from sonovqa.cli import UserError, console
 from sonovqa.questions import TASKS
 
@@ -33,6 +32,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, required=True, help="a folder that prepare_dataset.py wrote")
     data.add_argument("--task", choices=TASKS, default="all", help="all eight questions, one combined report, or one question")
+    data.add_argument(
+        "--prompts", default="default", metavar="NAME", help="prompt variant, or one a question: Q7=clinical,Q2=short"
+    )
     data.add_argument("--max-images", type=int, help="train on this many images, drawn across categories (unset: all)")
     data.add_argument("--min-pixels", type=int, help="fewest pixels an image is resized to (unset: the model's own)")
     data.add_argument(
@@ -48,6 +50,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="all questions of an image in one sequence, or one each",
     )
     data.add_argument("--workers", type=int, help="processes that decode images (unset: 4 with CUDA, else none)")
+    levels = ("none", "basic", "advanced")
+    data.add_argument("--augmentation", choices=levels, default="none", help="of training images; answers stay true")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="Qwen/Qwen3-VL-8B-Instruct", help="hub id, local folder, or tiny")
     model.add_argument(
@@ -61,6 +65,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("vision", "language", "attention", "mlp"):
         model.add_argument(f"--{name}", action=flag, default=True, help=f"train {name} layers")
     model.add_argument("--checkpointing", action=flag, default=True, help="recompute activations: less memory, a third slower")
+    loss = parser.add_argument_group("loss")
+    loss.add_argument(
+        "--loss-mean", choices=weighting.MEANS, default="token", help="what counts alike: tokens, answers, questions"
+    )
+    loss.add_argument("--question-weights", nargs="+", default=[], metavar="Q7=2", help="factor on a question's loss")
+    loss.add_argument(
+        "--balance",
+        choices=weighting.BALANCES,
+        default="none",
+        help="rare classes: repeat their patients' images, or weigh the loss by inverse frequency (training split only)",
+    )
+    loss.add_argument("--balance-question", default="Q7", metavar="QUESTION", help="closed question whose classes are balanced")
+    loss.add_argument("--focal", type=float, default=0.0, metavar="GAMMA", help="focal loss over whole answers; 0 is none")
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--epochs", type=float, default=3.0, help="passes over the training images")
     steps.add_argument("--steps", type=int, help="optimiser steps; overrides --epochs")
@@ -77,7 +94,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     steps.add_argument("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
     steps.add_argument("--seed", type=int, default=42, help="of data order, LoRA's start and dropout")
     run = parser.add_argument_group("run")
-    run.add_argument("--run", help="name of the run and its folder (unset: <model>-<data>-<task>)")
+    # torchrun's own parser takes --run for an abbreviation of its --run-path, hence the longer name.
+    run.add_argument("--run", "--run-name", help="name of the run and its folder (unset: <model>-<data>-<task>)")
     run.add_argument("--outputs", type=Path, default=Path("outputs"), help="folder of all runs")
     run.add_argument("--log-every", type=int, default=10, help="steps between log lines")
     run.add_argument("--eval-every", type=int, help="steps between validation losses and checkpoints (unset: a tenth of the run)")
@@ -111,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer, progress = make_trainer(args, folder, model, loaded.processor, splits, encoder, plans)
     planning.show(args, base, loaded, model, plans)
     if args.dry_run:
-        return time_steps(args, trainer)
+        return dry_run(args, trainer)
     resuming.start(folder, settings)
     trainer.train(resume_from_checkpoint=resume_from(args, folder))
     if progress.stopped:
@@ -132,26 +150,18 @@ def check(args: argparse.Namespace) -> None:
             f"--data {args.data}; no data set there; a folder that prepare_dataset.py wrote is needed; "
             f"run `python prepare_dataset.py phantoms --images 2000 --out {args.data}`"
         )
-    for name in (
-        "batch",
-        "accumulate",
-        "rank",
-        "alpha",
-        "log_every",
-        "eval_every",
-        "steps",
-        "patience",
-        "max_images",
-        "max_tokens",
-    ):
+    counts = ("batch", "accumulate", "rank", "alpha", "log_every", "eval_every", "steps", "patience", "max_images", "max_tokens")
+    for name in counts:
         value = getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name.replace('_', '-')} {value}; must be 1 or more")
-    if args.epochs <= 0 or args.lr <= 0 or not 0 <= args.dropout < 1:
+    if args.epochs <= 0 or args.lr <= 0 or not 0 <= args.dropout < 1 or args.focal < 0:
         problems.append(
-            f"--epochs {args.epochs}, --lr {args.lr} and --dropout {args.dropout}; above 0, above 0 and in [0, 1) are allowed"
+            f"--epochs {args.epochs}, --lr {args.lr}, --dropout {args.dropout} and --focal {args.focal}; above 0, above 0, "
+            "in [0, 1) and 0 or more are allowed"
         )
     cli.check(problems)
+    prompt_variants.check(args.prompts, args.task)
     tiny = args.model.partition("-")[0] == "tiny"
     args.bits = args.bits or (16 if tiny or args.full else 4)
     if args.max_pixels is None:
@@ -192,29 +202,35 @@ def load(args: argparse.Namespace):
 def adapt(args: argparse.Namespace, loaded):
     from sonovqa import models
 
-    how = models.Adapting(
-        args.rank, args.alpha, args.dropout, args.vision, args.language, args.attention, args.mlp, args.full, args.seed
-    )
+    toggles = (args.vision, args.language, args.attention, args.mlp)
+    how = models.Adapting(args.rank, args.alpha, args.dropout, *toggles, args.full, args.checkpointing, args.seed)
     return models.adapt(loaded, how)
 
 
 def read_data(args: argparse.Namespace, loaded, model):
-    from sonovqa import dataset
+    from sonovqa import dataset, families
     from sonovqa.batching import Encoder
+
+    family = families.of(model.config)
+    if args.batching == "shared" and not family.shares_prefix:
+        args.batching = "separate"
+        console.print(f"one question a sequence: {family.name} cannot share an image among its questions ({family.why_not})")
 
     splits = dataset.load_undecoded(args.data)
     if args.max_images:
         splits["train"] = dataset.subset(splits["train"], args.max_images, args.seed)
-    return splits, Encoder(loaded.processor, model)
+    return splits, Encoder(loaded.processor, model, own_positions=not family.shares_prefix)
 
 
 def plan(args: argparse.Namespace, splits, encoder) -> dict:
     shared = args.batching == "shared"
-    return {
-        name: planning.plan_split(splits[name], name, encoder, args.task, "default", shared, args.max_tokens)
-        for name in ("train", "validation")
-        if len(splits[name])
-    }
+    questions = weighting.parse_question_weights(args.question_weights)
+    how = weighting.Weighting(args.loss_mean, questions, args.balance, args.balance_question)
+    asked = (encoder, args.task, args.prompts, shared, args.max_tokens)
+    plans = {"train": planning.plan_split(splits["train"], "train", *asked, how)}
+    if len(splits["validation"]):
+        plans["validation"] = planning.plan_split(splits["validation"], "validation", *asked, how.for_validation())
+    return plans
 
 
 def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
@@ -224,6 +240,7 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     from transformers.trainer_callback import ProgressCallback
 
     from sonovqa import training
+    from sonovqa.augmentation import Augmentation
     from sonovqa.batching import Collator
 
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -233,18 +250,21 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     args.optimizer = args.optimizer or ("adamw_8bit" if torch.cuda.is_available() else "adamw_torch")
     validate = "validation" in plans and not args.dry_run
     config = training.configure(args, folder / "checkpoints", validate, TIMED_STEPS if args.dry_run else args.steps)
-    tracking = start_tracking(args) if int(os.environ.get("RANK", 0)) == 0 and not args.dry_run else None
+    tracked = int(os.environ.get("RANK", 0)) == 0 and not args.dry_run and args.report_to != "none"
+    tracking = records.start_tracking(args.outputs, args.run, vars(args)) if tracked else None
     progress = training.Progressing(plans["train"].questions, plans["train"].tokens, tracking)
     callbacks = [progress]
     if args.patience and validate:
         callbacks.append(EarlyStoppingCallback(args.patience))
     rows = {name: Dataset.from_list(made.items) for name, made in plans.items()}
+    augment = None if args.augmentation == "none" else Augmentation(args.augmentation, args.seed)
     trainer = training.SharedImageTrainer(
         model=model,
         args=config,
         processing_class=processor,
         callbacks=callbacks,
-        data_collator=Collator(splits, encoder, args.task),
+        gamma=args.focal,
+        data_collator=Collator(splits, encoder, args.task, args.prompts, augment),
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
     )
@@ -253,23 +273,10 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     return trainer, progress
 
 
-def start_tracking(args: argparse.Namespace):
-    if args.report_to == "none":
-        return None
-    try:
-        return records.Tracking(args.outputs, args.run, vars(args))
-    except ImportError:
-        console.print("mlflow is not installed: this run is recorded in run.json only (pip install mlflow)")
-        return None
+def dry_run(args: argparse.Namespace, trainer) -> None:
+    from sonovqa import training
 
-
-def time_steps(args: argparse.Namespace, trainer) -> None:
-    marks = []
-    step = trainer.training_step
-    trainer.training_step = lambda *a, **k: (marks.append(time.perf_counter()), step(*a, **k))[1]
-    trainer.train()
-    marks.append(time.perf_counter())
-    each = (marks[-1] - marks[args.accumulate]) / (TIMED_STEPS - 1)
+    each = training.time_steps(trainer, args.accumulate, TIMED_STEPS - 1)
     console.print(
         f"dry run: {each:.2f} s a step over {TIMED_STEPS - 1} steps, so about {records.duration(each * args.steps)} for "
         f"{args.steps} steps (validation, merging and its check not counted); peak memory "

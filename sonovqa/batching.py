@@ -12,14 +12,16 @@ M-RoPE's (Qwen2-VL, arXiv:2409.12191, section 2.1) for the families that have it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from sonovqa import chat
+from sonovqa.questions import REPORT_ID
 
 IGNORED = -100  # torch's `ignore_index`: a token without loss
-_TEXT_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_TYPE_KEYS = ("mm_token_type_ids", "token_type_ids")
+_TEXT_KEYS = ("input_ids", "attention_mask", *_TYPE_KEYS)
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Prefix:
     Attributes:
         ids: token ids, image tokens expanded, ``[P]``.
         positions: rotary positions, ``[3, P]`` for M-RoPE families, else ``[P]``.
+        types: the processor's own marks a token (such as ``mm_token_type_ids``), by name, ``[P]`` each.
     """
 
     ids: torch.Tensor
     positions: torch.Tensor
+    types: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -61,9 +65,12 @@ class Encoder:
     Args:
         processor: a Hugging Face processor; its image sizes are the pixel budget.
         model: the model the ids are for; its `get_rope_index` gives M-RoPE positions. ``None`` for plain positions.
+        own_positions: the model makes positions and mask itself, from the processor's marks: for families that take no
+            others (`families.Family.shares_prefix`). Then a row holds one branch.
     """
 
-    def __init__(self, processor, model=None):
+    def __init__(self, processor, model=None, own_positions: bool = False):
+        self.own_positions = own_positions
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = chat.Template(processor)
@@ -94,7 +101,8 @@ class Encoder:
             else:
                 grid = vision["image_grid_thw"][i : i + 1]
                 positions = self._rope(ids[None], types[i : i + 1, :length], image_grid_thw=grid)[0][:, 0]
-            found.append(Prefix(ids, positions))
+            marks = {key: made[key][i, :length] for key in _TYPE_KEYS if key in made}
+            found.append(Prefix(ids, positions, marks))
         return found, vision
 
     def branch(self, prompt: str, answer: str | None = None, weight: float = 1.0) -> Branch:
@@ -171,23 +179,49 @@ class Collator:
         source: the splits by name, their ``image`` columns not decoded (``datasets.Image(decode=False)``).
         encoder: the run's encoder.
         task, variant: what is asked, see `chat.tasks_of`.
+        augmentation: an `augmentation.Augmentation` for training rows, or ``None``; other splits are left as they are.
     """
 
     source: object
     encoder: Encoder
     task: str = "all"
     variant: str = "default"
+    augmentation: object = None
 
     def __call__(self, plan: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Batch the plan's items ``{split, row, branches}``; see `assemble` for what comes back, with the vision tensors."""
+        """Batch the plan's items ``{split, row, branches, weights}``, with an augmentation ``draw`` too; see `assemble` for
+        what comes back, with the vision tensors; with ``own_positions`` the processor's marks instead of positions."""
         rows = [self.source[item["split"]][item["row"]] for item in plan]
         images = [chat.open_image(row["image"]["bytes"]) for row in rows]
+        for i, item in enumerate(plan):
+            if self.augmentation is not None and item["split"] == "train":
+                images[i], rows[i] = self.augmentation(images[i], self._only_asked(rows[i]), item["draw"])
         prefixes, vision = self.encoder.prefixes(images, [row.get("context") for row in rows])
         branches = []
         for item, row in zip(plan, rows, strict=True):
             tasks = chat.tasks_of(row, self.task, self.variant)
-            branches.append([self.encoder.branch(tasks[k]["prompt"], tasks[k]["answer"]) for k in item["branches"]])
-        return assemble(prefixes, branches, self.encoder.tokenizer.pad_token_id) | vision
+            chosen = zip(item["branches"], item["weights"], strict=True)
+            branches.append([self.encoder.branch(tasks[k]["prompt"], tasks[k]["answer"], weight) for k, weight in chosen])
+        batch = assemble(prefixes, branches, self.encoder.tokenizer.pad_token_id)
+        if self.encoder.own_positions:
+            del batch["position_ids"]
+            batch |= _padded_types(prefixes, batch["input_ids"].shape[1])
+        return batch | vision
+
+    def _only_asked(self, row: dict) -> dict:
+        """The row with the questions of the task: what nobody asks need not stay true of the picture."""
+        kept = [q for q in row["questions"] if self.task in ("all", REPORT_ID, q["question_id"])]
+        return {**row, "questions": kept}
+
+
+def _padded_types(prefixes: Sequence[Prefix], length: int) -> dict[str, torch.Tensor]:
+    """The processor's marks as ``[R, length]``: text, which is 0, after the prefix."""
+    made = {}
+    for key in prefixes[0].types:
+        made[key] = torch.zeros((len(prefixes), length), dtype=torch.long)
+        for r, prefix in enumerate(prefixes):
+            made[key][r, : len(prefix.ids)] = prefix.types[key]
+    return made
 
 
 def _rope_index(model):

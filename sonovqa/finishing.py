@@ -33,7 +33,7 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
         "base": base,
         "base_revision": getattr(trainer.model.config, "_commit_hash", None),
         "backend": loaded.backend,
-        "prompt_variant": "default",
+        "prompt_variant": args.prompts,
         "pixels": models.pixel_budget(loaded.processor),
         "data": files.read_json(args.data / "dataset.json").get("fingerprint"),
         "check_items": plan.items[: merging.CHECK_ROWS],

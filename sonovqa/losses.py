@@ -40,7 +40,8 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrappe
 
     Args:
         model: the model (or PEFT model) whose head is hooked.
-        batch: as `sonovqa.batching.assemble` gives it, with vision tensors, on the model's device.
+        batch: as `sonovqa.batching.assemble` gives it, with vision tensors, on the model's device. Without ``position_ids``
+            (one branch a row) the model makes positions and its causal mask itself.
         wrapped: what to call instead of ``model``, such as its DistributedDataParallel wrapper.
 
     Returns:
@@ -48,7 +49,7 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrappe
     """
     at = predicting(batch["labels"])
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_MODEL}
-    inputs["attention_mask"] = attention_mask(batch["segments"])
+    inputs["attention_mask"] = attention_mask(batch["segments"]) if "position_ids" in batch else (batch["segments"] >= 0).long()
     with logits_at(model, at):
         logits = (wrapped or model)(**inputs, use_cache=False).logits
     after = torch.roll(at, 1, dims=1)
@@ -57,5 +58,34 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrappe
 
 def weighted_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Sum over tokens of weight times negative log-likelihood, in fp32 or better; divide by the sum of weights for a mean."""
+    return (_surprise(logits, targets) * weights).sum()
+
+
+def answer_of_token(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which answer of the batch each supervised token belongs to, ``[N]`` numbers from 0, in the order of `answer_logits`."""
+    labelled = batch["labels"] != IGNORED
+    rows, columns = labelled.nonzero(as_tuple=True)
+    keys = rows * (batch["segments"].max() + 1) + batch["segments"][rows, columns]
+    return torch.unique(keys, return_inverse=True)[1]
+
+
+def focal_sum(logits, targets, weights, answers: torch.Tensor, gamma: float) -> torch.Tensor:
+    """`weighted_sum` with each answer's loss multiplied by ``(1 - p) ** gamma``, ``p`` the likelihood of the whole answer.
+
+    Args:
+        logits, targets, weights: as `answer_logits` gives them, ``[N, vocabulary]``, ``[N]``, ``[N]``.
+        answers: `answer_of_token`, ``[N]``.
+        gamma: 0 gives `weighted_sum` itself.
+
+    Source: Lin et al., Focal Loss for Dense Object Detection, 2017, arXiv:1708.02002, equation 4; the class there is the
+    answer here, whose likelihood is the product over its tokens.
+    """
+    surprise = _surprise(logits, targets)
+    total = surprise.new_zeros(int(answers.max()) + 1).index_add(0, answers, surprise)
+    factor = (-torch.expm1(-total)).clamp_min(torch.finfo(total.dtype).tiny) ** gamma
+    return (surprise * weights * factor[answers]).sum()
+
+
+def _surprise(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     precise = logits if logits.dtype == torch.float64 else logits.float()
-    return (F.cross_entropy(precise, targets, reduction="none") * weights).sum()
+    return F.cross_entropy(precise, targets, reduction="none")

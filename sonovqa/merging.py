@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sonovqa import cli, files, models, resuming
+from sonovqa import adapters, cli, files, models, resuming
 from sonovqa.cli import UserError, console
 
 #: Bounds of the merge check. Rounding merged weights to 16 bits moves an answer's distribution by 1e-6 to 1e-3 nats, and
@@ -184,7 +184,7 @@ def merge(folder: Path, gpu_memory: int | None = None) -> dict:
 
 def _base_and_adapter(base: str, adapter: Path | None, gpu_memory: int | None):
     model = load_16_bit(base, gpu_memory)
-    return (models.put_adapter(model, adapter) if adapter else model).eval()
+    return (adapters.attach(model, adapter) if adapter else model).eval()
 
 
 def check_merged(

@@ -7,14 +7,14 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import files, memory, torchvision_ops, weights
+from sonovqa import adapters, memory, torchvision_ops, weights
 from sonovqa.cli import UserError
 from sonovqa.weights import check_folder
 
 
 @dataclass(frozen=True)
 class Adapting:
-    """What is trained: LoRA's size and Unsloth's four toggles, or all weights.
+    """What is trained: LoRA's size and Unsloth's four toggles, or all weights; and whether activations are recomputed.
 
     Source: LoRA, arXiv:2106.09685; the toggles are those of Unsloth's ``FastVisionModel.get_peft_model``.
     """
@@ -27,6 +27,7 @@ class Adapting:
     attention: bool = True
     mlp: bool = True
     full: bool = False
+    checkpointing: bool = True
     seed: int = 42
 
 
@@ -249,6 +250,7 @@ def adapt(loaded: Loaded, how: Adapting):
             model, r=how.rank, lora_alpha=how.alpha, lora_dropout=how.dropout, bias="none", random_state=how.seed,
             finetune_vision_layers=how.vision, finetune_language_layers=how.language,
             finetune_attention_modules=how.attention, finetune_mlp_modules=how.mlp,
+            use_gradient_checkpointing="unsloth" if how.checkpointing else False,  # its default overrides the loader's choice
         )  # fmt: skip
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
@@ -300,53 +302,9 @@ def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, p
     name = locate(name)
     memory.check_inference(name, bits)
     if adapter is not None:
-        check_adapter(adapter, name)
+        adapters.check(adapter, name)
     model = _load_transformers(name, bits)
     if adapter is not None:
-        model = put_adapter(model, adapter)
+        model = adapters.attach(model, adapter)
     source = str(adapter) if adapter is not None and (Path(adapter) / "processor_config.json").exists() else name
     return model.eval(), load_processor(source, pixels)
-
-
-def check_adapter(adapter: Path, base: str) -> None:
-    """Raise `UserError` if a saved adapter is none, or was trained on another hub model than ``base``."""
-    config = Path(adapter) / "adapter_config.json"
-    if not config.exists() or not (Path(adapter) / "adapter_model.safetensors").exists():
-        raise UserError(f"{adapter} is no adapter; adapter_config.json and adapter_model.safetensors are needed; "
-                        "name outputs/<run>/adapter")  # fmt: skip
-    trained_on = files.read_json(config).get("base_model_name_or_path")
-    hub = [name for name in (trained_on, base) if name and not Path(name).exists() and name.count("/") == 1]
-    if len(hub) == 2 and hub[0] != hub[1]:
-        raise UserError(f"the adapter {adapter} was trained on {hub[0]}; {hub[1]} is another base; use {hub[0]}")
-
-
-def put_adapter(model, adapter: Path):
-    """Attach a saved adapter.
-
-    Raises:
-        UserError: if it does not fit this base layer by layer. PEFT alone passes over layers that it cannot place.
-    """
-    torchvision_ops.declare()
-    from peft import PeftModel
-
-    stored = weights.of_file(Path(adapter) / "adapter_model.safetensors")
-    for name, tensor in stored.items():
-        layer_name, part, _ = name.removeprefix("base_model.model.").rpartition(".lora_")
-        if not part:
-            continue
-        try:
-            layer = model.get_submodule(layer_name)
-        except AttributeError:
-            raise UserError(f"the adapter {adapter} belongs to another base; this one has no layer {layer_name}; "
-                            "use the base that its adapter_config.json names") from None  # fmt: skip
-        wanted, given = (layer.in_features, tensor.shape[1]) if ".lora_A." in name else (layer.out_features, tensor.shape[0])
-        if wanted != given:
-            raise UserError(f"the adapter {adapter} belongs to another base; {layer_name} has a side of {wanted} here "
-                            f"and {given} there; use the base that its adapter_config.json names")  # fmt: skip
-    try:
-        return PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError, OSError) as fault:
-        first = str(fault).strip().splitlines()[0][:200]
-        raise UserError(
-            f"the adapter {adapter} does not fit its base: {first}; use the base that its adapter_config.json names"
-        ) from fault

@@ -6,8 +6,11 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sonovqa import chat
+from sonovqa import chat, weighting
 from sonovqa.cli import UserError, console
+from sonovqa.weighting import Sample, Weighting
+
+PLAIN = Weighting()
 
 
 @dataclass(frozen=True)
@@ -15,18 +18,22 @@ class Plan:
     """The sequences of one split.
 
     Attributes:
-        items: ``{split, row, branches, tokens}`` each: the split's name, the row's
-            number, its branches' numbers and the sequence's length.
-        questions: branches in all. dealt: rows whose branches had to be dealt over several sequences.
+        items: ``{split, row, branches, weights, tokens}`` each: the split's name, the row's number, its branches' numbers,
+            the loss weight of their tokens and the sequence's length.
+        questions: branches in all, repeats of oversampling among them. dealt: rows whose branches had to be dealt over
+            several sequences. repeated: sequences that are repeats.
         prefix_tokens, branch_tokens, answer_tokens: tokens in all, each prefix counted once a sequence.
+        classes: of a balanced question, see `weighting.class_table`.
     """
 
     items: list[dict]
     questions: int
     dealt: int
+    repeated: int
     prefix_tokens: int
     branch_tokens: int
     answer_tokens: int
+    classes: list[dict]
 
     @property
     def tokens(self) -> int:
@@ -34,7 +41,9 @@ class Plan:
         return self.prefix_tokens + self.branch_tokens
 
 
-def plan_split(source, name: str, encoder, task: str, variant: str, shared: bool, max_tokens: int) -> Plan:
+def plan_split(
+    source, name: str, encoder, task: str, variant: str, shared: bool, max_tokens: int, how: Weighting = PLAIN
+) -> Plan:
     """Deal a split's questions over sequences of at most ``max_tokens`` tokens.
 
     Args:
@@ -44,45 +53,84 @@ def plan_split(source, name: str, encoder, task: str, variant: str, shared: bool
         task, variant: what is asked, see `chat.tasks_of`.
         shared: all questions of an image in one sequence, as far as they fit; else one question a sequence.
         max_tokens: the longest sequence.
+        how: what each answer counts; see `weighting`.
 
     Raises:
         UserError: if no row has anything to learn, or one image and question alone pass the limit: nothing is cut.
     """
-    items, dealt, prefix_tokens, branch_tokens, answer_tokens, too_long = [], 0, 0, 0, 0, []
-    prefixes = encoder.prefix_lengths([image_size(row["image"]["bytes"]) for row in source], _contexts(source))
-    lengths: dict[tuple[str, str], tuple[int, int]] = {}
-    rows = source.remove_columns("image")
-    for number, (row, prefix) in enumerate(zip(rows, prefixes, strict=True)):
-        branches = []
-        for task_ in chat.tasks_of(row, task, variant):
-            key = (task_["prompt"], task_["answer"])
-            if key not in lengths:  # answers repeat: 15,000 rows hold a few hundred different ones
-                branch = encoder.branch(*key)
-                lengths[key] = (len(branch.ids), len(branch.ids) - branch.asked)
-            branches.append(lengths[key])
-        groups = _deal([total for total, _ in branches], max_tokens - prefix, shared)
-        if groups is None:
-            too_long.append((number, prefix + max(total for total, _ in branches)))
-            continue
-        dealt += shared and len(groups) > 1
-        for group in groups:
-            length = prefix + sum(branches[k][0] for k in group)
-            items.append({"split": name, "row": number, "branches": group, "tokens": length})
-            prefix_tokens += prefix
-        branch_tokens += sum(total for total, _ in branches)
-        answer_tokens += sum(told for _, told in branches)
-    if too_long:
-        longest = max(length for _, length in too_long)
-        raise UserError(
-            f"--max-tokens {max_tokens}; {len(too_long)} images have a question that needs up to {longest} tokens with its "
-            f"image; nothing is cut in silence; use --max-tokens {longest} or a smaller --max-pixels"
-        )
-    if not items:
+    rows = _measured(source, encoder, task, variant)
+    samples = [sample for row in rows for sample, _ in row.branches]
+    if not samples:
         raise UserError(
             f"--task {task}; no row of the split has an answer to it; see the questions in dataset.json; choose another --task"
         )
-    questions = sum(len(item["branches"]) for item in items)
-    return Plan(items, questions, dealt, prefix_tokens, branch_tokens, answer_tokens)
+    weighed, drawn = weighting.weigh(samples, how), weighting.repeats(samples, how)
+    weights = iter(weighed)
+    once, again, dealt, too_long = [], [], 0, []
+    for number, row in enumerate(rows):
+        mine = [next(weights) for _ in row.branches]
+        lengths = [length for _, length in row.branches]
+        groups = _deal(lengths, max_tokens - row.prefix, shared)
+        if groups is None:
+            too_long.append(row.prefix + max(lengths))
+            continue
+        dealt += shared and len(groups) > 1
+        made = [_item(name, number, row, group, mine) for group in groups]
+        once += made
+        again += made * (drawn.get(number, 1) - 1)
+    if too_long:
+        raise UserError(
+            f"--max-tokens {max_tokens}; {len(too_long)} images have a question that needs up to {max(too_long)} tokens with its "
+            f"image; nothing is cut in silence; use --max-tokens {max(too_long)} or a smaller --max-pixels"
+        )
+    classes = weighting.class_table(samples, weighed, drawn, how.target) if how.balance != "none" else []
+    return _counted([*once, *again], rows, dealt, len(again), classes)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A row measured: tokens of its prefix; each branch's sample and length in tokens."""
+
+    prefix: int
+    branches: list[tuple[Sample, int]]
+
+
+def _measured(source, encoder, task: str, variant: str) -> list[_Row]:
+    prefixes = encoder.prefix_lengths([image_size(row["image"]["bytes"]) for row in source], _contexts(source))
+    lengths: dict[tuple[str, str], tuple[int, int]] = {}
+    made = []
+    for number, (row, prefix) in enumerate(zip(source.remove_columns("image"), prefixes, strict=True)):
+        labels = {question["question_id"]: question["label"] for question in row["questions"]}
+        branches = []
+        for asked in chat.tasks_of(row, task, variant):
+            key = (asked["prompt"], asked["answer"])
+            if key not in lengths:  # answers repeat: 15,000 rows hold a few hundred different ones
+                branch = encoder.branch(*key)
+                lengths[key] = (len(branch.ids), len(branch.ids) - branch.asked)
+            total, told = lengths[key]
+            name = asked["question_id"]
+            branches.append((Sample(number, row["group"], name, labels.get(name) or "", told), total))
+        made.append(_Row(prefix, branches))
+    return made
+
+
+def _item(split: str, number: int, row: _Row, group: list[int], weights: list[float]) -> dict:
+    length = row.prefix + sum(row.branches[k][1] for k in group)
+    return {"split": split, "row": number, "branches": group, "weights": [weights[k] for k in group], "tokens": length}
+
+
+def _counted(items: list[dict], rows: list[_Row], dealt: int, repeated: int, classes: list[dict]) -> Plan:
+    chosen = [(rows[item["row"]], k) for item in items for k in item["branches"]]
+    return Plan(
+        items=items,
+        questions=len(chosen),
+        dealt=dealt,
+        repeated=repeated,
+        prefix_tokens=sum(rows[item["row"]].prefix for item in items),
+        branch_tokens=sum(row.branches[k][1] for row, k in chosen),
+        answer_tokens=sum(row.branches[k][0].tokens for row, k in chosen),
+        classes=classes,
+    )
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -111,6 +159,7 @@ def show(args, base: str, loaded, model, plans: dict[str, Plan]) -> None:
     for name, made in plans.items():
         longest = max(item["tokens"] for item in made.items)
         dealt = f"; {made.dealt} rows dealt over several sequences" if made.dealt else ""
+        dealt += f"; {made.repeated} sequences are repeats of rare classes" if made.repeated else ""
         table.add_row(
             name,
             f"{len(made.items)} sequences, {made.questions} answers, {made.tokens} tokens (prefixes {made.prefix_tokens}, "
@@ -123,6 +172,23 @@ def show(args, base: str, loaded, model, plans: dict[str, Plan]) -> None:
     rows = f"{args.steps} of {args.batch} x {args.accumulate} sequences"
     table.add_row("steps", f"{rows}, {args.optimizer}, lr {args.lr}, {args.schedule}")
     console.print(table)
+    if plans["train"].classes:
+        show_classes(plans["train"].classes, args.balance_question, args.balance)
+
+
+def show_classes(classes: list[dict], question_id: str, balance: str) -> None:
+    """Print what a balanced question's classes weigh, from `weighting.class_table`, and the effective sample size."""
+    from rich.table import Table
+
+    table = Table("class", "answers", "patients", "share of the loss", title=f"{question_id} balanced by {balance}")
+    for row in classes[:-1]:
+        table.add_row(row["label"] or "(unread)", str(row["answers"]), str(row["groups"]), f"{row['share']:.1%}")
+    everything = classes[-1]
+    console.print(table)
+    console.print(
+        f"effective sample size {everything['effective']:.0f} of {everything['answers']} answers from {everything['groups']} "
+        "patients or groups (Kish): the price of balancing in certainty"
+    )
 
 
 def _contexts(source) -> list[str | None]:

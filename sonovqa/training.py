@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -20,6 +21,7 @@ from trl import SFTConfig, SFTTrainer
 from sonovqa import files, losses, models, records, resuming
 from sonovqa.cli import console
 
+LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "step_seconds", "data_wait_seconds")
 PROGRESS = "progress.json"  # in a checkpoint: the curve so far, the seconds it took, whether the training had ended
 
 
@@ -70,20 +72,61 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
     )
 
 
+class Draws(SeedableRandomSampler):
+    """Every sequence of a `Sequences` once a pass, in an order by seed and pass; its numbers go on from pass to pass."""
+
+    def __iter__(self):
+        first = self.epoch * len(self.data_source)
+        for index in super().__iter__():
+            yield first + index
+
+
+class Sequences(torch.utils.data.Dataset):
+    """A plan's items; number ``k`` is item ``k`` modulo their count, drawn as ``draw`` ``k``: each pass draws anew.
+
+    Args:
+        items: of a `planning.Plan`, as a list or a `datasets.Dataset`.
+    """
+
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, draw: int) -> dict:
+        return self.items[draw % len(self.items)] | {"draw": draw}
+
+
 class SharedImageTrainer(SFTTrainer):
-    """An SFTTrainer whose loss is the mean over all supervised tokens of an optimiser step, whatever rows they stand in.
+    """An SFTTrainer whose loss is the weighted mean over all supervised tokens of an optimiser step, whatever rows they stand in.
 
     So shared and separate batching, and one or several processes or accumulation steps, give the same loss
     (`tests/test_train.py`). Rows come from a plan (`planning.Plan.items`), batches from `batching.Collator`.
+
+    Args:
+        gamma: of focal loss in training, 0 for none; the validation loss is never focal.
+
+    Logged with each loss: ``step_seconds`` of the steps since the last log line, validation and saving left out, and what of
+    it the training waited for the next batches, ``data_wait_seconds``.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, gamma: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
+        self.train_dataset = Sequences(self.train_dataset)  # TRL takes nothing but a `datasets.Dataset`
         self.model_accepts_loss_kwargs = True  # else the trainer divides by the accumulation steps a second time
+        self._gamma = gamma
+        self._began = time.perf_counter()
+        self._spent = {"step_seconds": 0.0, "data_wait_seconds": 0.0}
+
+    def _get_train_sampler(self, train_dataset=None):
+        return Draws(train_dataset or self.train_dataset, data_seed=self.args.data_seed)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimiser step, and the sum of their loss weights over all processes."""
+        self._began = time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
+        self._spent["data_wait_seconds"] += time.perf_counter() - self._began
         total = sum((batch["weights"].sum() for batch in batches), torch.zeros(()))
         return batches, self.accelerator.reduce(total.to(device), "sum")
 
@@ -91,7 +134,10 @@ class SharedImageTrainer(SFTTrainer):
         """Weighted negative log-likelihood over ``num_items_in_batch``; gradients average over processes, hence the factor."""
         inner = self.accelerator.unwrap_model(model)
         logits, targets, weights = losses.answer_logits(inner, inputs, wrapped=model)
-        total = losses.weighted_sum(logits, targets, weights)
+        if self._gamma:
+            total = losses.focal_sum(logits, targets, weights, losses.answer_of_token(inputs), self._gamma)
+        else:
+            total = losses.weighted_sum(logits, targets, weights)
         if num_items_in_batch is None:
             return total / weights.sum()
         return total * self.accelerator.num_processes / num_items_in_batch
@@ -116,6 +162,21 @@ class SharedImageTrainer(SFTTrainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """The step ends before logging, validation and saving begin."""
+        if self.control.should_log and torch.cuda.is_available():
+            torch.cuda.synchronize()  # its kernels are only queued; logging would wait for them
+        self._spent["step_seconds"] += time.perf_counter() - self._began
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._began = time.perf_counter()  # it is called once more after a pass
+
+    def log(self, logs, *args, **kwargs):
+        """Add the seconds spent since the last loss was logged."""
+        if "loss" in logs:
+            logs = logs | self._spent
+            self._spent = dict.fromkeys(self._spent, 0.0)
+        super().log(logs, *args, **kwargs)
+
     def _save_checkpoint(self, model, trial):
         """A checkpoint, complete from all processes when this returns. A full disk is an ``OSError``, whoever met it."""
         try:
@@ -128,6 +189,16 @@ class SharedImageTrainer(SFTTrainer):
 
     def create_model_card(self, *args, **kwargs):
         """No card from TRL: it would not say what this run's record says."""
+
+
+def time_steps(trainer: SFTTrainer, accumulate: int, timed: int) -> float:
+    """Seconds of an optimiser step, over the last ``timed`` ones of a short training: the first one compiles."""
+    marks = []
+    step = trainer.training_step
+    trainer.training_step = lambda *a, **k: (marks.append(time.perf_counter()), step(*a, **k))[1]
+    trainer.train()
+    marks.append(time.perf_counter())
+    return (marks[-1] - marks[accumulate]) / timed
 
 
 class Progressing(TrainerCallback):
@@ -184,7 +255,7 @@ class Progressing(TrainerCallback):
         if not logs or not state.is_world_process_zero or "train_runtime" in logs:
             return
         passes, seconds = state.epoch or 0.0, self.seconds
-        known = {k: v for k, v in logs.items() if k in ("loss", "eval_loss", "learning_rate", "grad_norm")}
+        known = {k: v for k, v in logs.items() if k in LOGGED}
         rates = {
             "samples_per_second": passes * self.per_pass[0] / seconds,
             "tokens_per_second": passes * self.per_pass[1] / seconds,

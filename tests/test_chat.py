@@ -48,7 +48,11 @@ def test_exported_set_has_the_tokens_and_labels_of_training(task, base, data, tm
     encoder = batching.Encoder(processor)
     collate = batching.Collator(dataset.load_undecoded(data), encoder, task)
     wanted = [chat.tasks_of(row, task) for row in splits["train"].remove_columns("image")]
-    items = [{"split": "train", "row": i, "branches": [k]} for i, asked in enumerate(wanted) for k in range(len(asked))]
+    items = [
+        {"split": "train", "row": i, "branches": [k], "weights": [1.0]}
+        for i, asked in enumerate(wanted)
+        for k in range(len(asked))
+    ]
     assert len(lines) == written["train"] == len(items) > 10
     for line, item in zip(lines, items, strict=True):
         ids, labels = whole_sample(processor, line, tmp_path)
@@ -60,7 +64,7 @@ def test_exported_set_has_the_tokens_and_labels_of_training(task, base, data, tm
 def test_loss_falls_on_answer_and_end_of_turn_only(base, data):
     processor = models.load_processor(str(base))
     batch = batching.Collator(dataset.load_undecoded(data), batching.Encoder(processor))(
-        [{"split": "train", "row": 0, "branches": [1, 6]}]
+        [{"split": "train", "row": 0, "branches": [1, 6], "weights": [1.0, 1.0]}]
     )
     told = batch["labels"][0][batch["labels"][0] != batching.IGNORED]
     row = dataset.load(data)["train"].remove_columns("image")[0]["questions"]

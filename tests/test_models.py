@@ -16,7 +16,7 @@ from conftest import ROOT
 from huggingface_hub import errors
 
 import train
-from sonovqa import files, memory, models, tiny, weights
+from sonovqa import adapters, files, memory, models, tiny, weights
 from sonovqa.cli import UserError
 
 
@@ -176,10 +176,10 @@ def test_an_adapter_of_another_hub_model_is_told_by_name(adapter, tmp_path, monk
     config = tmp_path / "adapter" / "adapter_config.json"
     files.write_json(config, files.read_json(config) | {"base_model_name_or_path": "Qwen/Qwen3-VL-8B-Thinking"})
     with pytest.raises(UserError, match="was trained on Qwen/Qwen3-VL-8B-Thinking; Qwen/Qwen3-VL-8B-Instruct is another base"):
-        models.check_adapter(tmp_path / "adapter", "Qwen/Qwen3-VL-8B-Instruct")
+        adapters.check(tmp_path / "adapter", "Qwen/Qwen3-VL-8B-Instruct")
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match="is no adapter"):
-        models.check_adapter(tmp_path / "adapter", "Qwen/Qwen3-VL-8B-Instruct")
+        adapters.check(tmp_path / "adapter", "Qwen/Qwen3-VL-8B-Instruct")
 
 
 def qwen3_vl_8b() -> dict[str, weights.Tensor]:

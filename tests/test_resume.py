@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import running
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
@@ -25,44 +26,8 @@ STEPS = 9
 
 def words(base: Path, data: Path, outputs: Path, name: str, *more: str) -> list[str]:
     """Dropout, two passes over the data with a shuffle each, steps that are no multiple of the checkpoints'."""
-    flags = [
-        "--model",
-        base,
-        "--data",
-        data,
-        "--outputs",
-        outputs,
-        "--run",
-        name,
-        "--bits",
-        "16",
-        "--report-to",
-        "none",
-        "--lr",
-        "0.01",
-        "--batch",
-        "3",
-        "--accumulate",
-        "1",
-        "--steps",
-        STEPS,
-        "--log-every",
-        "1",
-        "--eval-every",
-        "2",
-        "--warmup",
-        "1",
-        "--max-pixels",
-        "12288",
-        "--dropout",
-        "0.1",
-        "--schedule",
-        "cosine",
-        "--max-images",
-        "12",
-        *more,
-    ]
-    return [str(word) for word in flags]
+    harder = {"batch": 3, "steps": STEPS, "eval_every": 2, "dropout": 0.1, "schedule": "cosine", "max_images": 12}
+    return running.words(base, data, outputs, name, *more, **harder)
 
 
 @pytest.fixture(scope="module")

@@ -8,48 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import losses_of, run
 from safetensors.torch import load_file, save_file
 
 import train
-from sonovqa import files, merging, models, tiny
+from sonovqa import adapters, families, files, losses, merging, models, tiny
 from sonovqa.cli import UserError
-
-
-def run(base: Path, data: Path, outputs: Path, name: str, *more: str) -> dict:
-    words = [
-        "--model",
-        base,
-        "--data",
-        data,
-        "--outputs",
-        outputs,
-        "--run",
-        name,
-        "--bits",
-        "16",
-        "--report-to",
-        "none",
-        "--lr",
-        "0.01",
-        "--batch",
-        "4",
-        "--accumulate",
-        "1",
-        "--steps",
-        "6",
-        "--log-every",
-        "1",
-        "--eval-every",
-        "3",
-        "--warmup",
-        "1",
-        "--max-pixels",
-        "12288",
-        *more,
-    ]
-    train.main([str(word) for word in words])
-    record = outputs / name / "run.json"
-    return json.loads(record.read_text()) if record.exists() else {}
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +22,6 @@ def trained(base, data, tmp_path_factory) -> Path:
     outputs = tmp_path_factory.mktemp("outputs")
     run(base, data, outputs, "whole")
     return outputs / "whole"
-
-
-def losses_of(record: dict) -> list[float]:
-    return [entry["loss"] for entry in record["training"]["curve"] if "loss" in entry]
 
 
 def test_a_run_leaves_exactly_these_files(trained):
@@ -83,39 +43,44 @@ def test_a_finished_run_is_never_overwritten(trained, base, data):
         run(base, data, trained.parent, "whole")
 
 
-@pytest.mark.parametrize(
-    "words", [("--batch", "2", "--accumulate", "2"), ("--batch", "1", "--accumulate", "4", "--workers", "1")]
-)
-def test_loss_does_not_hang_on_how_a_step_is_dealt(trained, base, data, tmp_path, words):
+@pytest.mark.parametrize("how", [{"batch": 2, "accumulate": 2}, {"batch": 1, "accumulate": 4, "workers": 1}])
+def test_loss_does_not_hang_on_how_a_step_is_dealt(trained, base, data, tmp_path, how):
     """Rows of one and of eight questions: a mean of means would differ."""
-    record = run(base, data, tmp_path, "dealt", *words, "--no-merge")
+    record = run(base, data, tmp_path, "dealt", "--no-merge", **how)
     whole = json.loads((trained / "run.json").read_text())
     assert losses_of(record) == pytest.approx(losses_of(whole), rel=2e-4)
 
 
 def test_separate_batching_starts_from_the_same_validation_loss(trained, base, data, tmp_path):
-    shared = run(base, data, tmp_path, "shared", "--steps", "1", "--eval-every", "1", "--lr", "1e-9", "--no-merge")
-    separate = run(
-        base,
-        data,
-        tmp_path,
-        "separate",
-        "--steps",
-        "1",
-        "--eval-every",
-        "1",
-        "--lr",
-        "1e-9",
-        "--no-merge",
-        "--batching",
-        "separate",
-    )
+    shared = run(base, data, tmp_path, "shared", "--no-merge", steps=1, eval_every=1, lr=1e-9)
+    separate = run(base, data, tmp_path, "separate", "--batching", "separate", "--no-merge", steps=1, eval_every=1, lr=1e-9)
     assert shared["training"]["best_validation_loss"] == pytest.approx(separate["training"]["best_validation_loss"], rel=1e-5)
+
+
+def test_a_family_that_cannot_share_trains_separate_rows_and_says_so(base, data, tmp_path, monkeypatch, capsys):
+    """It makes its mask and positions itself; the loss is still that of separate samples."""
+    once = {"steps": 1, "eval_every": 1, "lr": 1e-9}
+    separate = run(base, data, tmp_path, "separate", "--batching", "separate", "--no-merge", **once)
+    capsys.readouterr()
+    monkeypatch.setattr(families, "FAMILIES", {"qwen3_vl": families.Family("Qwen3-VL", False, "for this test")})
+    own = run(base, data, tmp_path, "own", "--no-merge", **once)
+    assert "one question a sequence: Qwen3-VL cannot share an image" in " ".join(capsys.readouterr().out.split())
+    assert own["training"]["best_validation_loss"] == pytest.approx(separate["training"]["best_validation_loss"], rel=1e-5)
+    assert losses_of(own) == pytest.approx(losses_of(separate), rel=1e-5)
+
+
+def test_balanced_and_focal_runs_say_what_they_weigh(base, data, tmp_path, capsys, monkeypatch):
+    gammas, focal_sum = [], losses.focal_sum
+    monkeypatch.setattr(losses, "focal_sum", lambda *a: (gammas.append(a[-1]), focal_sum(*a))[1])
+    how = ("--no-merge", "--task", "Q2", "--balance", "oversample", "--balance-question", "Q2", "--focal", "2")
+    entry = run(base, data, tmp_path, "focal", *how, steps=1)["training"]["curve"][0]
+    assert "effective sample size" in capsys.readouterr().out and gammas == [2.0], "validation is never focal"
+    assert entry["step_seconds"] > entry["data_wait_seconds"] > 0
 
 
 def test_report_and_single_questions_train(base, data, tmp_path):
     for task, answers in (("report", 4), ("Q7", 3)):
-        record = run(base, data, tmp_path, task, "--task", task, "--steps", "2", "--no-merge")
+        record = run(base, data, tmp_path, task, "--task", task, "--no-merge", steps=2)
         assert record["training"]["loss"] > 0, answers
 
 
@@ -143,7 +108,7 @@ def tampered(run_folder: Path, tmp_path: Path) -> tuple[Path, dict]:
 def check_again(folder: Path, base: Path) -> list[str]:
     plan = files.read_json(folder / "plan.json")
     processor = models.load_processor(str(folder / "adapter"))
-    model = models.put_adapter(merging.load_16_bit(str(base), None), folder / "adapter").eval()
+    model = adapters.attach(merging.load_16_bit(str(base), None), folder / "adapter").eval()
     batches = merging.check_rows(plan, processor, model)
     reference = merging.answer_logits(model, batches)
     before = merging.projections(model.get_base_model(), folder / "adapter")
@@ -175,7 +140,7 @@ def test_first_step_has_decoded_no_more_than_its_batch(base, data, tmp_path, mon
     monkeypatch.setattr(
         training.SharedImageTrainer, "training_step", lambda *a, **k: (at_first_step.append(len(decoded)), step(*a, **k))[1]
     )
-    run(base, data, tmp_path, "lazy", "--steps", "2", "--no-merge")
+    run(base, data, tmp_path, "lazy", "--no-merge", steps=2)
     assert at_first_step[0] <= 2 * 4, "16 images stand in the training split; the loader looks one batch ahead"
 
 

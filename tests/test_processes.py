@@ -1,0 +1,40 @@
+"""torchrun with two processes on the CPU: the same run as one process with the same total batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from running import losses_of, words
+from safetensors.torch import load_file
+
+
+def launched(*command: str) -> tuple[dict, str]:
+    """Run train.py by a launcher or by Python; its record and what it said."""
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    folder = Path(command[command.index("--outputs") + 1]) / command[command.index("--run-name") + 1]
+    return json.loads((folder / "run.json").read_text()), done.stdout
+
+
+def test_two_processes_give_the_run_of_one(base, data, tmp_path):
+    one, _ = launched(sys.executable, "train.py", *words(base, data, tmp_path, "one", "--no-checkpointing", batch=4))
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py")
+    two, said = launched(*torchrun, *words(base, data, tmp_path, "two", "--no-checkpointing", batch=2))
+    assert two["processes"] == 2 and one["processes"] == 1
+    assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
+    assert two["training"]["best_validation_loss"] == pytest.approx(one["training"]["best_validation_loss"], rel=1e-5)
+    left, right = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    worst = max(((left[name] - right[name]).norm() / left[name].norm()).item() for name in left)
+    assert worst < 1e-3, "Adam divides by the root of small squares, so rounding grows"
+    assert left.keys() == right.keys() and all(torch.isfinite(tensor).all() for tensor in right.values())
+    assert said.count("step     1  loss") == 1 and said.count("merge check passed") == 1, "one of them prints"
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())

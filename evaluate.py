@@ -8,6 +8,7 @@
     python evaluate.py outputs/phantoms --data data/phantoms --most-useful 50 --images FOLDER   # and what to label next
     python evaluate.py score answers.jsonl --data data/clinic               # answers made elsewhere
     python evaluate.py compare outputs/tiny outputs/phantoms                # paired differences
+    python evaluate.py prompts outputs/phantoms --data data/phantoms        # the same asked with every prompt there is
 
 It writes outputs/<run>/eval-<split>/: predictions.jsonl, blind.jsonl and confidence.jsonl as answers arrive (the same
 command goes on where it stopped), then scores.json and report.html. A run whose base was evaluated before on the same
@@ -29,8 +30,10 @@ from sonovqa import (
     bertscore,
     calibration,
     cli,
+    coherence,
     comparing,
     confidence,
+    consistency,
     dataset,
     elsewhere,
     files,
@@ -38,26 +41,56 @@ from sonovqa import (
     metrics,
     most_useful,
     predictions,
+    prompt_variants,
     provenance,
     records,
     report_html,
     scoretable,
     scoring,
     unscored,
-)  # fmt: skip
+)
 from sonovqa.cli import UserError, console
-from sonovqa.questions import QUESTIONS, REPORT_ID, REPORT_PROMPTS, TASKS
+from sonovqa.questions import TASKS
 
+FLAG = argparse.BooleanOptionalAction
 SPLITS = ("test", "validation", "train")
 POSITIVE = ("in_flight", "batch_images", "max_new_tokens", "max_images", "min_pixels", "max_pixels", "most_useful")
-PROMPTS = sorted({name for q in QUESTIONS.values() for name in q.prompts} | {*REPORT_PROMPTS})
-REPORT_LENGTH = 8  # a report holds eight answers
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = cli.Parser(description=__doc__)
-    flag = argparse.BooleanOptionalAction
-    who = parser.add_argument_group("who answers")
+def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
+    parser = cli.Parser(prog="evaluate.py prompts" if several else None, description=consistency.__doc__ if several else __doc__)
+    add_who_flags(parser.add_argument_group("who answers"))
+    what = parser.add_argument_group("what is asked")
+    what.add_argument("--data", type=Path, required=True, help="a folder made by prepare_dataset.py")
+    what.add_argument("--split", choices=SPLITS, default="test", help="whose questions are asked")
+    what.add_argument("--task", choices=TASKS, default="all", help="all questions, the combined report, or one question")
+    lines = {"nargs": "+", "help": "lines as train.py takes them, compared with the run's own (unset: every prompt there is)"}
+    line = {"help": "a prompt's name, or one a question: Q7=simple,Q2=short (unset: as trained)"}
+    what.add_argument("--prompts", metavar="NAME", dest="prompt", **(lines if several else line))
+    what.add_argument("--max-images", type=int, metavar="N", help="ask about N images only, drawn across categories")
+    what.add_argument("--max-new-tokens", type=int, default=128, help="an answer's limit; a report has eight times it")
+    what.add_argument("--min-pixels", type=int, help="lower bound of an image's pixels (unset: as trained)")
+    what.add_argument("--max-pixels", type=int, help="upper bound of an image's pixels (unset: as trained)")
+    how = parser.add_argument_group("scores and files")
+    add_resampling_flags(how)
+    how.add_argument("--out", type=Path, help="folder for all results (unset: outputs/<run>/eval-<split>)")
+    how.add_argument("--fresh", action="store_true", help="throw away what --out holds and ask everything anew")
+    parser.set_defaults(abstain_below=None, most_useful=None, images=None)
+    if not several:
+        add_scoring_flags(how)
+        what.add_argument("--blind", action=FLAG, default=True, help="ask again with a grey image, once a prompt and image size")
+        how.add_argument("--base", metavar="NAME", help="model evaluated before to compare with (unset: the run's base)")
+        sure = parser.add_argument_group("confidence")
+        sure.add_argument("--confidence", action="store_true", help="probability of every label of closed questions")
+        sure.add_argument("--abstain-below", type=float, metavar="P", help="with --confidence: hold back answers less likely")
+        sure.add_argument("--most-useful", type=int, metavar="N", help="list the N images of --images to label next")
+        sure.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of images, Folder/File, for --most-useful")
+    args = parser.parse_args(argv)
+    check(args)
+    return args
+
+
+def add_who_flags(who) -> None:
     who.add_argument("run", nargs="?", metavar="RUN_OR_MODEL", help="outputs/<run>, a model folder, a hub id or tiny")
     who.add_argument("--adapter", action="store_true", help="the run's base with its adapter instead of its merged weights")
     who.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="precision the weights are loaded in")
@@ -65,35 +98,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     who.add_argument("--model", "--endpoint-model", metavar="NAME", help="its name at the endpoint (unset: the only one)")
     who.add_argument("--in-flight", type=int, default=16, help="requests at once to the endpoint")
     who.add_argument("--batch-images", type=int, default=8, help="images answered together by a local model")
-    who.add_argument("--shared-prefix", action=flag, default=True, help="a local model encodes an image once for all questions")
-    what = parser.add_argument_group("what is asked")
-    what.add_argument("--data", type=Path, required=True, help="a folder made by prepare_dataset.py")
-    what.add_argument("--split", choices=SPLITS, default="test", help="whose questions are asked")
-    what.add_argument("--task", choices=TASKS, default="all", help="all questions, the combined report, or one question")
-    what.add_argument("--prompt", default="default", choices=PROMPTS, help="name of the prompt variant")
-    what.add_argument("--max-images", type=int, metavar="N", help="ask about N images only, drawn across categories")
-    what.add_argument("--blind", action=flag, default=True, help="ask again with a grey image, once a prompt and image size")
-    what.add_argument("--max-new-tokens", type=int, default=128, help=f"an answer's limit; a report has {REPORT_LENGTH} times it")
-    what.add_argument("--min-pixels", type=int, help="lower bound of an image's pixels (unset: as trained)")
-    what.add_argument("--max-pixels", type=int, help="upper bound of an image's pixels (unset: as trained)")
-    how = parser.add_argument_group("scores and files")
-    add_scoring_flags(how)
-    how.add_argument("--base", metavar="NAME", help="model evaluated before to compare with (unset: the run's base)")
-    how.add_argument("--out", type=Path, help="folder for all results (unset: outputs/<run>/eval-<split>)")
-    how.add_argument("--fresh", action="store_true", help="throw away what --out holds and ask everything anew")
-    sure = parser.add_argument_group("confidence")
-    sure.add_argument("--confidence", action="store_true", help="probability of every label of closed questions")
-    sure.add_argument("--abstain-below", type=float, metavar="P", help="with --confidence: hold back answers less likely than P")
-    sure.add_argument("--most-useful", type=int, metavar="N", help="list the N images of --images to label next")
-    sure.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of images, Folder/File, for --most-useful")
-    args = parser.parse_args(argv)
-    check(args)
-    return args
+    who.add_argument("--shared-prefix", action=FLAG, default=True, help="a local model encodes an image once for all questions")
+
+
+def add_resampling_flags(group) -> None:
+    group.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of groups for intervals; 0: none")
+    group.add_argument("--seed", type=int, default=42, help="of all draws")
 
 
 def add_scoring_flags(group) -> None:
-    group.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of groups for intervals; 0: none")
-    group.add_argument("--seed", type=int, default=42, help="of the resamples and of the draw of --max-images")
     group.add_argument("--bertscore", metavar="MODEL", help="BERTScore by a model folder or downloaded hub id")
     group.add_argument("--gallery", type=int, default=200, help="most answers with their images in report.html")
     group.add_argument("--strict", action="store_true", help="exit 1 if there is any serious finding")
@@ -111,9 +124,6 @@ def check(args: argparse.Namespace) -> None:
         problems.append(f"--model names a model at an endpoint; {args.model!r} has no --endpoint; a local one comes first, bare")
     if args.adapter and not (args.run and (Path(args.run) / "adapter").is_dir()):
         problems.append(f"--adapter needs a run with an adapter/ folder; {args.run} has none; leave --adapter out, or train one")
-    asked = [REPORT_PROMPTS] if args.task == REPORT_ID else [q.prompts for q in QUESTIONS.values() if args.task in ("all", q.id)]
-    if not all(args.prompt in prompts for prompts in asked):
-        problems.append(f"--prompt {args.prompt} is no variant of --task {args.task}; choose among its own")
     if args.abstain_below is not None and not (args.confidence and 0 <= args.abstain_below <= 1):
         problems.append(f"--abstain-below goes with --confidence and is a probability, 0 to 1; it is {args.abstain_below}")
     if (args.most_useful is None) != (args.images is None):
@@ -137,73 +147,47 @@ def open_engine(args: argparse.Namespace):
     return LocalEngine(model, processor, args.batch_images, args.shared_prefix)
 
 
-def ask_all(args: argparse.Namespace, out: Path, raw, items: list, engine) -> tuple[dict, dict | None]:
-    """Ask what has no answer yet, the images' questions and then the grey ones; gives the rows of both by key."""
-    sizes = asking.image_sizes(raw, sorted({item.row for item in items}))
-    plans = [("predictions.jsonl", {item.key: (item, sizes[item.row]) for item in items}, False)]
-    if args.blind:
-        plans.append(("blind.jsonl", asking.blind_items(items, sizes), True))
-    limit = args.max_new_tokens * (REPORT_LENGTH if args.task == REPORT_ID else 1)
-    for name, asked, blind in plans:
-        done = predictions.latest(predictions.read(out / name))
-        todo = {key: value for key, value in asked.items() if key not in done or done[key]["error"] is not None}
-        if todo and blind:
-            requests = asking.blind_requests(todo, asking.mean_grey(raw))
-        else:
-            requests = asking.requests(raw, [item for item, _ in todo.values()])
-        if todo:
-            asking.ask(engine()[0], requests, todo, out / name, limit, blind, engine()[1])
-    rows = {name: predictions.latest(predictions.read(out / name)) for name, _, _ in plans}
-    answered = {key: rows["predictions.jsonl"][key] for key in plans[0][1]}
-    return answered, rows.get("blind.jsonl")
-
-
-def weigh(args: argparse.Namespace, out: Path, raw, items: list, labels: confidence.Labels, engine, scores: dict, rows: list):
-    """Weigh the labels of closed questions that have no probabilities yet, and score them all; gives findings."""
-    wordings = {item.key: labels.of(item) for item in items if labels.of(item)}
-    if not wordings:
-        closed = ", ".join(confidence.CLOSED)
-        raise UserError(f"--confidence; --task {args.task} asks no closed question; {closed} are; choose another --task")
-    path = out / "confidence.jsonl"
-    done = confidence.read(path)
-    todo = {key: texts for key, texts in wordings.items() if key not in done}
-    if todo:
-        asked = confidence.requests(raw, [item for item in items if item.key in todo], labels)
-        confidence.weigh(confidence.engine_of(engine()[0]), asked, todo, path)
-    told = {key: row for key, row in confidence.read(path).items() if key in wordings}
-    draws = metrics.Resamples([row["group"] for row in rows], args.resamples, args.seed)
-    calibration.add(scores, rows, told, args.abstain_below, draws)
-    return calibration.find(scores, len(wordings), len(told))
+def read_data(args: argparse.Namespace):
+    """The data set's splits and description, and the evaluated split cut to --max-images; an endpoint's model gets its name."""
+    if args.endpoint and args.model is None:
+        args.model = open_engine(args).model
+    splits = dataset.load_undecoded(args.data)
+    raw = splits[args.split] if args.max_images is None else dataset.subset(splits[args.split], args.max_images, args.seed)
+    return splits, files.read_json(args.data / "dataset.json"), raw
 
 
 def evaluate(argv: list[str]) -> int:
     args = parse(argv)
     started = time.perf_counter()
-    if args.endpoint and args.model is None:
-        args.model = open_engine(args).model
-    splits = dataset.load_undecoded(args.data)
-    about = files.read_json(args.data / "dataset.json")
-    raw = splits[args.split] if args.max_images is None else dataset.subset(splits[args.split], args.max_images, args.seed)
+    run = records.read_run(Path(args.run)) if args.run else None
+    args.prompt = args.prompt or provenance.own_prompts(run)
+    prompt_variants.check(args.prompt, args.task)
+    splits, about, raw = read_data(args)
     items, train = (asking.items_of(split, args.task, args.prompt) for split in (raw, splits["train"]))
     if not items:
         asked = f"--task {args.task} on the {args.split} split of {args.data}"
         raise UserError(f"nothing to ask; {asked}; answered questions are needed; choose another --task or --split")
-    base = answering.base_folder(args, records.read_run(Path(args.run)) if args.run else None, about)
+    base = answering.base_folder(args, run, about)
     wording = bertscore.wording(args.bertscore)
     out = answering.output_folder(args)
     predictions.claim(out, answering.settings_of(args, about), args.fresh)
     engine = functools.cache(lambda: asking.timed(open_engine, args))  # loaded if and when it is needed
-    by_key, blind = ask_all(args, out, raw, items, engine)
-    rows, labels = list(by_key.values()), confidence.Labels(train)
+    by_key, blind = asking.ask_all(raw, items, out, engine, args.blind, args.max_new_tokens)
+    rows, labels = list(by_key.values()), confidence.Labels(prompt_variants.wordings(train, args.prompt))
     baselines = replace(scoring.without_blind(train, items), blind=blind)
     scores = scoring.score(rows, baselines, args.resamples, args.seed, wording)
-    unsure = weigh(args, out, raw, items, labels, engine, scores, rows) if args.confidence else []
+    unsure = []
+    if args.confidence:
+        closed, told = calibration.told_of(raw, items, labels, engine, out / "confidence.jsonl")
+        draws = metrics.Resamples([row["group"] for row in rows], args.resamples, args.seed)
+        calibration.add(scores, rows, told, args.abstain_below, draws)
+        unsure = calibration.find(scores, closed, len(told))
     scores |= {
         "speed": asking.speed(out), "wall_seconds": round(time.perf_counter() - started, 3),
         "data": {"path": str(args.data), "fingerprint": about["fingerprint"], "split": args.split, "images": len(raw)},
     }  # fmt: skip
     below = provenance.beside_base(scores, by_key, base, args.split, args.resamples, args.seed) if base else []
-    found = [*findings.find(scores, rows), *known_of(args, about, raw), *below, *unsure]
+    found = [*findings.find(scores, rows), *provenance.find(args, run, about, raw), *below, *unsure]
     status = finish(args, out, scores, found, rows, raw)
     if args.most_useful:
         new = most_useful.unannotated(args.images, splits)
@@ -213,26 +197,23 @@ def evaluate(argv: list[str]) -> int:
     return status
 
 
-def known_of(args: argparse.Namespace, about: dict, raw) -> list[findings.Finding]:
-    """What the data set's and the run's own records say against these scores."""
-    found = [*provenance.leaks_of_data(about, args.split)]
-    run = records.read_run(Path(args.run)) if args.run else None
-    if run is not None:
-        found += provenance.seen_in_training(run, about, args.split, raw)
-        found += provenance.unlike_training(run, args.prompt, args.task, (args.min_pixels, args.max_pixels))
-    return found
+def stamp(args: argparse.Namespace) -> dict:
+    """How and when a file of scores was made."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {"arguments": arguments, "versions": records.versions(), **records.commit(), "finished": records.now()}
 
 
 def finish(args: argparse.Namespace, out: Path, scores: dict, found: list, rows: list[dict], raw=None) -> int:
     """Write scores.json and report.html, print the findings and the table; 1 with --strict and a serious finding."""
     found = sorted(found, key=lambda f: not f.serious)
     verdict = findings.describe(found, scores)
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    record = {"verdict": verdict, "findings": [f.json() for f in found], **scores, "arguments": arguments}
-    record |= {"versions": records.versions(), **records.commit(), "finished": records.now()}
+    record = {"verdict": verdict, "findings": [f.json() for f in found], **scores, **stamp(args)}
     files.write_json(out / "scores.json", record)
     files.write_text(out / "report.html", report_html.render(record, rows, raw, args.gallery))
     scoretable.show(scores, verdict, found, console)
+    calibration.show(scores, console)
+    if "coherence" in scores:
+        console.print(coherence.line(scores["coherence"]), markup=False, soft_wrap=True)
     console.print(f"written: {out}/ scores.json, report.html, predictions.jsonl", soft_wrap=True)
     return 1 if args.strict and any(f.serious for f in found) else 0
 
@@ -240,13 +221,13 @@ def finish(args: argparse.Namespace, out: Path, scores: dict, found: list, rows:
 def score(argv: list[str]) -> int:
     """evaluate.py score predictions.jsonl: answers made elsewhere."""
     parser = cli.Parser(prog="evaluate.py score", description=elsewhere.__doc__)
-    flag = argparse.BooleanOptionalAction
     parser.add_argument("predictions", type=Path, help="a .jsonl file")
     parser.add_argument("--data", type=Path, help="a folder made by prepare_dataset.py, or an annotation sheet without images")
-    parser.add_argument("--references", action=flag, default=True, help="off: say what shows without any")
+    parser.add_argument("--references", action=FLAG, default=True, help="off: say what shows without any")
     parser.add_argument("--split", choices=SPLITS, default="test", help="of a prepared set")
     parser.add_argument("--group-column", metavar="NAME", help="a sheet's patient column (unset: an image is its own group)")
     parser.add_argument("--out", type=Path, help="folder for the results (unset: <predictions>.scores beside the file)")
+    add_resampling_flags(parser)
     add_scoring_flags(parser)
     args = parser.parse_args(argv)
     if (args.data is None) == args.references:
@@ -272,14 +253,10 @@ def compare(argv: list[str]) -> int:
     parser = cli.Parser(prog="evaluate.py compare", description=comparing.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs or evaluation folders; all against the first")
     parser.add_argument("--split", choices=SPLITS, default="test", help="whose evaluation of a run")
-    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of groups for the intervals")
-    parser.add_argument("--seed", type=int, default=42, help="of the resamples")
+    add_resampling_flags(parser)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the differences there too")
     args = parser.parse_args(argv)
-    if len(args.runs) < 2:
-        raise UserError(f"one run to compare; {args.runs[0]}; two or more are needed; name another")
-    found = [comparing.load(run, args.split) for run in args.runs]
-    made = [comparing.compare(found[0], other, args.resamples, args.seed) for other in found[1:]]
+    made = comparing.compare_with_first(args.runs, args.split, args.resamples, args.seed)
     for name, one in zip(args.runs[1:], made, strict=True):
         comparing.show(one, str(args.runs[0]), str(name), console)
     if speeds := comparing.speeds(args.runs, args.split):
@@ -289,9 +266,33 @@ def compare(argv: list[str]) -> int:
     return 0
 
 
+def prompts(argv: list[str]) -> int:
+    """evaluate.py prompts RUN …: one model, the same images, several prompts a question."""
+    args = parse(argv, several=True)
+    own = provenance.own_prompts(records.read_run(Path(args.run)) if args.run else None)
+    names = consistency.names_asked(args.task, args.prompt, own)
+    splits, about, raw = read_data(args)
+    folder = answering.output_folder(args)
+    out = args.out or folder.with_name(f"{folder.name}-prompts")
+    engine = functools.cache(lambda: asking.timed(open_engine, args))
+    rows = {}
+    for name, questions in names.items():
+        asked = ",".join(f"{question}={name}" for question in sorted(questions))
+        items = [i for i in asking.items_of(raw, args.task, asked) if i.question_id in questions]
+        settings = answering.settings_of(argparse.Namespace(**vars(args) | {"prompt": name}), about)
+        predictions.claim(out / name, settings, args.fresh)
+        rows[name] = list(asking.ask_all(raw, items, out / name, engine, False, args.max_new_tokens)[0].values())
+    baselines = scoring.without_blind(asking.items_of(splits["train"], args.task), [])
+    made = consistency.measure(consistency.sides_of(rows), prompt_variants.variants(own), baselines, args.resamples, args.seed)
+    files.write_json(out / "prompts.json", made | {"trained_with": own, **stamp(args)})
+    consistency.show(made, console)
+    console.print(f"written: {out}/ prompts.json, a folder a prompt with predictions.jsonl", soft_wrap=True)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"score": score, "compare": compare}
+    commands = {"score": score, "compare": compare, "prompts": prompts}
     return commands[argv[0]](argv[1:]) if argv and argv[0] in commands else evaluate(argv)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from sonovqa import chat, cli, files, predictions, records
 from sonovqa.endpoint import UNREACHED
 from sonovqa.engines import Engine, ImageRequest, Reply
 from sonovqa.predictions import Key
+from sonovqa.questions import QUESTIONS, REPORT_ID
 
 Size = tuple[int, int]
 MOST_UNREACHED = 20  # requests in a row
@@ -46,17 +47,18 @@ def items_of(split, task: str = "all", variant: str = "default") -> list[Item]:
     Args:
         split: a `datasets.Dataset` in the stored form.
         task: ``all``, ``report`` or one question id.
-        variant: name of the prompt variant.
+        variant: a line of `prompt_variants.variants`. References are the stored answers under every variant, so that
+            evaluations under several can be compared.
     """
     columns = [c for c in ("image_id", "group", "category", "context", "questions") if c in split.column_names]
     items = []
     for index, row in enumerate(split.select_columns(columns)):
         asked = {q["question_id"]: q for q in row["questions"]}
         for t in chat.tasks_of(row, task, variant):
-            q = asked.get(t["question_id"], {"question": "", "answer_type": ""})
+            q = asked.get(t["question_id"], {"question": "", "answer_type": "", "answer": t["answer"]})
             where = {"row": index, "image_id": row["image_id"], "group": row["group"], "category": row["category"]}
             what = {"question_id": t["question_id"], "question": q["question"], "answer_type": q["answer_type"]}
-            items.append(Item(**where, **what, context=row.get("context") or None, prompt=t["prompt"], reference=t["answer"]))
+            items.append(Item(**where, **what, context=row.get("context") or None, prompt=t["prompt"], reference=q["answer"]))
     return items
 
 
@@ -226,6 +228,35 @@ def progress() -> Progress:
     columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TimeRemainingColumn(), "{task.fields[failed]}")  # fmt: skip
     return Progress(*columns, console=cli.stderr, transient=True)
+
+
+def ask_all(raw, items: Sequence[Item], out: Path, engine: Callable[[], tuple[Engine, float]], blind: bool,
+            max_new_tokens: int) -> tuple[dict[Key, dict], dict[Key, dict] | None]:  # fmt: skip
+    """Ask what has no answer yet, the images' questions and then the grey ones.
+
+    Args:
+        raw: the split, images not decoded. items: its questions, in row order.
+        out: the folder of ``predictions.jsonl`` and ``blind.jsonl``.
+        engine: gives the engine and the seconds it took to load; called only if something is left to ask.
+        blind: whether the grey images are asked too.
+        max_new_tokens: an answer's limit; a report holds eight answers and has eight times it.
+
+    Returns:
+        The items' rows by key, and the blind ones by `blind_key` or ``None``.
+    """
+    sizes = image_sizes(raw, sorted({item.row for item in items}))
+    plans = [("predictions.jsonl", {item.key: (item, sizes[item.row]) for item in items}, False)]
+    if blind:
+        plans.append(("blind.jsonl", blind_items(items, sizes), True))
+    limit = max_new_tokens * (len(QUESTIONS) if any(item.question_id == REPORT_ID for item in items) else 1)
+    for name, asked, grey in plans:
+        done = predictions.latest(predictions.read(out / name))
+        todo = {key: value for key, value in asked.items() if key not in done or done[key]["error"] is not None}
+        if todo:
+            put = blind_requests(todo, mean_grey(raw)) if grey else requests(raw, [item for item, _ in todo.values()])
+            ask(engine()[0], put, todo, out / name, limit, grey, engine()[1])
+    rows = {name: predictions.latest(predictions.read(out / name)) for name, _, _ in plans}
+    return {key: rows["predictions.jsonl"][key] for key in plans[0][1]}, rows.get("blind.jsonl")
 
 
 def speed(folder: Path) -> dict | None:

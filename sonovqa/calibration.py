@@ -2,19 +2,24 @@
 
 An answer's *confidence* is the probability of the label it stands for; 0 where it is unread or stands for none.
 
-Sources: AUROC as the Mann-Whitney statistic (Hanley & McNeil, 1982); average precision as scikit-learn defines it;
-expected calibration error over bins of equal mass (Nguyen & O'Connor, 2015; Roelofs et al., 2022); accuracy against
-coverage (El-Yaniv & Wiener, 2010; Geifman & El-Yaniv, 2017).
+Sources: expected calibration error over bins of equal mass (Nguyen & O'Connor, 2015; Roelofs et al., 2022); accuracy
+against coverage (El-Yaniv & Wiener, 2010; Geifman & El-Yaniv, 2017); `ranking` names its own.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
-from sonovqa import confidence, measures, metrics, report_sections
+from sonovqa import confidence, measures, metrics, ranking, report_sections
+from sonovqa.asking import Item
+from sonovqa.cli import UserError
 from sonovqa.findings import ENOUGH, RARE, Finding
 from sonovqa.metrics import Resamples, Score, mean
 from sonovqa.predictions import Key
@@ -23,52 +28,6 @@ BINS = 10  # of the calibration error; fewer where there are fewer than `BIN_ROW
 BIN_ROWS = 10
 COVERAGES = tuple(round(0.05 * step, 2) for step in range(20, 0, -1))
 POSITIVE = {"Q7": ("abnormal", "normal"), "closed": ("yes", "no")}
-ROWS_AT_ONCE = 100  # resamples held in memory by `of_weights`
-
-
-def auroc(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Area under the ROC curve, ties counted half, ``[R]``; NaN where a class is absent.
-
-    Args:
-        truth: boolean ``[n]``.
-        score: ``[n]``, more is likelier true.
-        weights: ``[R, n]``, how often each row counts.
-    """
-    _, positives, negatives = _by_threshold(truth, score, weights)
-    below = np.cumsum(negatives, axis=1) - negatives
-    pairs = positives.sum(1) * negatives.sum(1)
-    won = (positives * (below + negatives / 2)).sum(1)
-    return np.divide(won, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
-
-
-def average_precision(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Average precision, ``[R]``; arguments as for `auroc`. Chance gives the share of true rows."""
-    _, positives, negatives = _by_threshold(truth, score, weights)
-    hits = np.cumsum(positives[:, ::-1], axis=1)  # from the highest threshold down
-    said = hits + np.cumsum(negatives[:, ::-1], axis=1)
-    precision = np.divide(hits, said, out=np.zeros_like(hits), where=said > 0)
-    found, total = (precision * positives[:, ::-1]).sum(1), positives.sum(1)
-    return np.divide(found, total, out=np.full(len(total), np.nan), where=total > 0)
-
-
-def _by_threshold(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Distinct scores in rising order ``[u]``, and the weight of true and of false rows at each, ``[R, u]``."""
-    order = np.argsort(score, kind="stable")
-    distinct, starts = np.unique(score[order], return_index=True)
-    counted, true = weights[:, order].astype(float), truth[order]
-    return distinct, *(np.add.reduceat(counted * side, starts, axis=1) for side in (true, ~true))
-
-
-def of_weights(statistic: Callable, truth: Sequence[bool], score: Sequence[float], groups: Sequence[str], draws: Resamples):
-    """``{value, interval, n, groups}`` of `auroc` or `average_precision`, its interval resampled by group."""
-    truth, score = np.asarray(truth, bool), np.asarray(score, float)
-    value = float(statistic(truth, score, np.ones((1, len(truth))))[0]) if len(truth) else np.nan
-    weights = draws.row_weights(groups)
-    parts = [statistic(truth, score, weights[at : at + ROWS_AT_ONCE]) for at in range(0, len(weights), ROWS_AT_ONCE)]
-    span = metrics.percentiles(np.concatenate(parts)) if parts and np.isfinite(value) else (np.nan, np.nan)
-    fewest = min((len({g for g, t in zip(groups, truth, strict=True) if t == side}) for side in (True, False)), default=0)
-    span = metrics.widened(*span, max(fewest, 1), (0.0, 1.0))
-    return _figure(value, span, len(truth), groups)
 
 
 def bins_of(probability: np.ndarray) -> np.ndarray:
@@ -110,6 +69,32 @@ def coverage(certain: np.ndarray, right: np.ndarray) -> list[dict]:
         threshold = round(float(certain[order][count - 1]), 6)
         curve.append({"coverage": share, "n": count, "accuracy": round(float(hits[count - 1] / count), 6), "from": threshold})
     return curve
+
+
+def told_of(raw, items: Sequence[Item], labels: confidence.Labels, engine: Callable, path: Path) -> tuple[int, dict]:
+    """Weigh the labels of closed questions that have no probabilities yet.
+
+    Args:
+        raw: the split, images not decoded. items: its questions, in row order.
+        engine: gives the engine first; called only if something is left to weigh.
+        path: confidence.jsonl, appended to.
+
+    Returns:
+        How many questions have labels, and by key the rows of those that have probabilities.
+
+    Raises:
+        UserError: if no question has labels, or the engine gives no likelihoods.
+    """
+    wordings = {item.key: labels.of(item) for item in items if labels.of(item)}
+    if not wordings:
+        closed = ", ".join(confidence.CLOSED)
+        raise UserError(f"--confidence; --task asks no closed question; {closed} and yes-or-no ones are; choose another")
+    done = confidence.read(path)
+    todo = {key: texts for key, texts in wordings.items() if key not in done}
+    if todo:
+        asked = confidence.requests(raw, [item for item in items if item.key in todo], labels)
+        confidence.weigh(confidence.engine_of(engine()[0]), asked, todo, path)
+    return len(wordings), {key: row for key, row in confidence.read(path).items() if key in wordings}
 
 
 def add(scores: dict, rows: Sequence[Mapping], told: Mapping[Key, Mapping], below: float | None, draws: Resamples) -> None:
@@ -160,18 +145,47 @@ def likeliest_of(told: Mapping) -> tuple[str, float]:
 
 
 def _two_classes(positive: str, negative: str, rows: Sequence[Mapping], told: Sequence[Mapping], draws: Resamples) -> dict:
-    """Ranking and calibration of the positive label's probability, over rows whose reference is one of the two."""
-    pairs = [(row["group"], confidence.label_of(row, row["reference"]), one["probabilities"].get(positive, 0.0))
-             for row, one in zip(rows, told, strict=True)]  # fmt: skip
-    pairs = [pair for pair in pairs if pair[1] in (positive, negative)]
-    groups, score = [pair[0] for pair in pairs], np.array([pair[2] for pair in pairs])
-    truth = np.array([pair[1] == positive for pair in pairs], bool)
+    """Ranking and calibration of the positive label's probability, over rows whose reference is one of the two.
+
+    ``balanced accuracy`` is that of the likelier of all labels in place of the answer: no threshold is chosen for it.
+    """
+    kept = [(row, one) for row, one in zip(rows, told, strict=True) if _class_of(row, positive, negative) is not None]
+    groups, score = [row["group"] for row, _ in kept], np.array([one["probabilities"].get(positive, 0.0) for _, one in kept])
+    truth = np.array([_class_of(row, positive, negative) for row, _ in kept], bool)
+    likeliest = [{positive: True, negative: False}.get(likeliest_of(one)[0]) for _, one in kept]
     return {
         "of": f"P({positive})", "positives": int(truth.sum()),
-        "AUROC": of_weights(auroc, truth, score, groups, draws),
-        "average precision": of_weights(average_precision, truth, score, groups, draws),
+        **{name: ranking.of_weights(statistic, truth, score, groups, draws) for name, statistic in ranking.SCORES.items()},
+        "balanced accuracy": _score(metrics.binary(truth, likeliest)["balanced accuracy"], groups, draws),
         **_calibration(score, truth.astype(float), groups, draws),
     }  # fmt: skip
+
+
+def _class_of(row: Mapping, positive: str, negative: str) -> bool | None:
+    return {positive: True, negative: False}.get(confidence.label_of(row, row["reference"]))
+
+
+def differences(kind: str, first: Sequence[Mapping], second: Sequence[Mapping], told: Sequence[Mapping[Key, Mapping]],
+                draws: Resamples) -> dict:  # fmt: skip
+    """Paired differences ``second - first`` of how the positive label's probability ranks one kind of question.
+
+    Args:
+        first, second: rows of the same questions in the same order, none failed.
+        told: both sides' label probabilities (`confidence.read`); questions that either lacks are left out.
+
+    Returns:
+        `ranking.difference` by score; empty for kinds without two classes or without probabilities.
+    """
+    classes = POSITIVE.get(kind, ())
+    keys = [(row["image_id"], row["question_id"]) for row in first]
+    known = [i for i, key in enumerate(keys) if classes and key in told[0] and key in told[1]]
+    known = [i for i in known if _class_of(first[i], *classes) is not None]
+    if not known:
+        return {}
+    groups, truth = [first[i]["group"] for i in known], np.array([_class_of(first[i], *classes) for i in known], bool)
+    sides = [np.array([side[keys[i]]["probabilities"].get(classes[0], 0.0) for i in known]) for side in told]
+    made = {name: ranking.difference(statistic, truth, *sides, groups, draws) for name, statistic in ranking.SCORES.items()}
+    return {name: one for name, one in made.items() if one}
 
 
 def _calibration(probability: np.ndarray, came_true: np.ndarray, groups: Sequence[str], draws: Resamples) -> dict:
@@ -206,12 +220,7 @@ def _fallback(
 def _score(score: Score, groups: Sequence[str], draws: Resamples) -> dict:
     span = draws.interval(score, groups)
     counted = [group for group, columns in zip(groups, score.columns, strict=True) if columns.any()]
-    return _figure(score.value, span or (np.nan, np.nan), len(counted), counted)
-
-
-def _figure(value: float, span: tuple[float, float], n: int, groups: Sequence[str]) -> dict:
-    numbers = [round(float(v), 6) if np.isfinite(v) else None for v in (value, *span)]
-    return {"value": numbers[0], "interval": None if None in numbers[1:] else numbers[1:], "n": n, "groups": len(set(groups))}
+    return ranking.figure(score.value, span or (np.nan, np.nan), len(counted), counted)
 
 
 def find(scores: Mapping, asked: int, told: int) -> Iterable[Finding]:
@@ -233,3 +242,21 @@ def find(scores: Mapping, asked: int, told: int) -> Iterable[Finding]:
         if found and found["mass"] < 0.5:
             text = f"{kind}: the labels' known wordings hold {found['mass']:.0%} of the model's probability; it says other things"
             yield Finding("little mass", kind, found["mass"], text, False)
+
+
+def show(scores: Mapping, console: Console) -> None:
+    """Print what the probabilities of two-class questions are worth at fixed specificities; nothing where there are none."""
+    names = (*(name for name in ranking.SCORES if name.startswith("sensitivity")), "average precision", "balanced accuracy")
+    found = {kind: about["confidence"] for kind, about in scores["questions"].items() if "AUROC" in about.get("confidence", {})}
+    if not found:
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="By the probability of the positive label", title_justify="left")
+    for name in ("", "score", "value \\[95 %]", "positives/n"):
+        table.add_column(name, justify="right" if name == "positives/n" else "left", no_wrap=True)
+    for kind, about in found.items():
+        for name in names:
+            figure = about[name]
+            span = f" \\[{figure['interval'][0]:.2f}, {figure['interval'][1]:.2f}]" if figure["interval"] else ""
+            text = "-" if figure["value"] is None else f"{figure['value']:.2f}{span}"
+            table.add_row(kind, name, text, f"{about['positives']}/{figure['n']}")
+    console.print(table)

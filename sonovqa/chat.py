@@ -11,7 +11,8 @@ import functools
 import io
 import re
 
-from sonovqa.questions import QUESTIONS, REPORT_ID, REPORT_PROMPTS, SYSTEM_TEXT, report_text
+from sonovqa import prompt_variants
+from sonovqa.questions import REPORT_ID, SYSTEM_TEXT, report_text
 
 _QUESTION, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
 
@@ -39,14 +40,16 @@ def context_for(context: str | None, size: tuple[int, int]) -> str | None:
 
 
 def prompt_for(question_id: str, question: str, variant: str = "default") -> str:
-    """The text asked for a question: the named prompt variant for Q1 … Q8 and the report, else the question itself.
+    """The text asked for a question: its prompt under a variant for Q1 … Q8 and the report, else the question itself.
+
+    Args:
+        variant: a line of `prompt_variants.variants`.
 
     Raises:
-        KeyError: if the question has no variant of that name.
+        UserError: if the line names a question or a prompt that there is not.
     """
-    if question_id == REPORT_ID:
-        return REPORT_PROMPTS[variant]
-    return QUESTIONS[question_id].prompts[variant] if question_id in QUESTIONS else question
+    prompts = prompt_variants.PROMPTS.get(question_id)
+    return prompts[prompt_variants.variants(variant)[question_id]] if prompts else question
 
 
 def tasks_of(row: dict, task: str = "all", variant: str = "default") -> list[dict]:
@@ -55,18 +58,25 @@ def tasks_of(row: dict, task: str = "all", variant: str = "default") -> list[dic
     Args:
         row: a row of the data set; only ``questions`` is read.
         task: ``all``, ``report`` or one question id.
-        variant: name of the prompt variant.
+        variant: a line of `prompt_variants.variants`.
 
     Returns:
-        Dictionaries ``{question_id, prompt, answer}``: one a question, or a single one for the report. A row without
-        an answer to what is asked gives none.
+        Dictionaries ``{question_id, prompt, answer}``: one a question, or a single one for the report; the answer is in the
+        form that the prompt asks for (`prompt_variants.answer_for`). A row without an answer to what is asked gives none.
+
+    Raises:
+        UserError: if the line names a question or a prompt that there is not.
     """
     asked = [q for q in row["questions"] if q["answer"]]
     if task == REPORT_ID:
         text = report_text({q["question_id"]: q["answer"] for q in asked})
         return [{"question_id": REPORT_ID, "prompt": prompt_for(REPORT_ID, "", variant), "answer": text}] if text else []
     return [
-        {"question_id": q["question_id"], "prompt": prompt_for(q["question_id"], q["question"], variant), "answer": q["answer"]}
+        {
+            "question_id": q["question_id"],
+            "prompt": prompt_for(q["question_id"], q["question"], variant),
+            "answer": prompt_variants.answer_for(q["question_id"], q["answer"], variant),
+        }
         for q in asked
         if task in ("all", q["question_id"])
     ]

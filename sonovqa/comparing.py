@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sonovqa import files, measures, predictions, report_sections
+from sonovqa import calibration, confidence, files, measures, predictions, ranking, report_sections
 from sonovqa.cli import UserError
 from sonovqa.metrics import Resamples
 from sonovqa.predictions import Key
 from sonovqa.scoretable import PIPE_WIDTH, arrow
 
 
-def load(path: Path, split: str = "test") -> dict[Key, dict]:
-    """The predictions of an evaluation by key: a folder with predictions.jsonl, or a run with ``eval-<split>/``.
+def folder_of(path: Path, split: str = "test") -> Path:
+    """Where an evaluation's predictions.jsonl lies: ``path`` itself, or of a run ``eval-<split>/``, else its only
+    ``eval-<split>-…/``, as that of a run trained and asked on one question is called.
 
     Raises:
-        UserError: if there are none.
+        UserError: if there is none, or more than one to choose from.
     """
     for folder in (path, path / f"eval-{split}"):
         if (folder / "predictions.jsonl").exists():
-            return predictions.latest(predictions.read(folder / "predictions.jsonl"))
-    raise UserError(f"no predictions in {path} or {path}/eval-{split}; evaluate first: python evaluate.py {path} --data DATA")
+            return folder
+    found = sorted(file.parent for file in path.glob(f"eval-{split}-*/predictions.jsonl"))
+    if len(found) > 1:
+        raise UserError(f"{path} holds several evaluations; {', '.join(f.name for f in found)}; name one, such as {found[0]}")
+    if not found:
+        raise UserError(f"no predictions in {path} or {path}/eval-{split}; evaluate first: python evaluate.py {path} --data DATA")
+    return found[0]
+
+
+def load(path: Path, split: str = "test") -> dict[Key, dict]:
+    """The predictions of an evaluation by key, from `folder_of`. Raises `UserError` as that does."""
+    return predictions.latest(predictions.read(folder_of(path, split) / "predictions.jsonl"))
 
 
 def same_questions(folder: Path, settings: Mapping) -> bool:
@@ -38,19 +49,30 @@ def same_questions(folder: Path, settings: Mapping) -> bool:
     return all(other.get(name) == settings[name] for name in ("data", "split", "prompt"))
 
 
-def compare(first: Mapping[Key, dict], second: Mapping[Key, dict], resamples: int = 1000, seed: int = 0) -> dict:
-    """``second - first`` for every question, over what both answered.
+def compare(
+    first: Mapping[Key, dict],
+    second: Mapping[Key, dict],
+    resamples: int = 1000,
+    seed: int = 0,
+    told: Sequence[Mapping[Key, dict]] = ({}, {}),
+) -> dict:
+    """``second - first`` for every question that both were asked, over what both answered.
+
+    Reports are compared section by section, with other reports or with separate answers to the same questions.
 
     Args:
         resamples: bootstrap resamples of groups; the same draws serve both sides, so that differences are paired.
+        told: both sides' label probabilities by key (`confidence.read`), where there are some: their ranking is compared too.
 
     Returns:
-        ``{"shared", "only_first", "only_second", "groups", "questions": {kind: {score: {first, second, difference,
-        interval, n, groups, higher_is_better}}}}``. Failed requests of either side are left out of both.
+        ``{"shared", "only_first", "only_second", "skipped", "answered_by_both", "groups", "resamples", "questions": {kind:
+        {score: {first, second, difference, interval, n, groups, higher_is_better}}}}``; ``skipped`` names the kinds of
+        question that ``first`` or ``second`` alone was asked. Failed requests of either side are left out of both.
 
     Raises:
         UserError: if they share no question, or were scored against different references.
     """
+    first, second = _by_question(first), _by_question(second)
     shared = [key for key in first if key in second]
     if not shared:
         raise UserError("nothing to compare: the evaluations share no question; evaluate both on the same data and split")
@@ -62,14 +84,28 @@ def compare(first: Mapping[Key, dict], second: Mapping[Key, dict], resamples: in
     draws = Resamples([first[key]["group"] for key in both], resamples, seed)
     sides = [defaultdict(list), defaultdict(list)]
     for side, found in zip(sides, (first, second), strict=True):
-        for row in report_sections.expand(found[key] for key in both):
-            side[measures.kind_of(row)].append(row)
+        for key in both:
+            side[measures.kind_of(found[key])].append(found[key])
     kinds = sorted(sides[0], key=measures.order_of)
+    asked = [{measures.kind_of(row) for row in found.values()} for found in (first, second)]
     return {
         "shared": len(shared), "only_first": len(first) - len(shared), "only_second": len(second) - len(shared),
+        "skipped": {"first": _ordered(asked[0] - asked[1]), "second": _ordered(asked[1] - asked[0])},
         "answered_by_both": len(both), "groups": len(draws.codes), "resamples": resamples,
-        "questions": {kind: _differences(kind, sides[0][kind], sides[1][kind], draws) for kind in kinds},
+        "questions": {
+            kind: _differences(kind, sides[0][kind], sides[1][kind], draws)
+            | calibration.differences(kind, sides[0][kind], sides[1][kind], told, draws)
+            for kind in kinds
+        },
     }  # fmt: skip
+
+
+def _by_question(rows: Mapping[Key, dict]) -> dict[Key, dict]:
+    return {(row["image_id"], row["question_id"]): row for row in report_sections.expand(rows.values())}
+
+
+def _ordered(kinds: Iterable[str]) -> list[str]:
+    return sorted(kinds, key=measures.order_of)
 
 
 def _differences(kind: str, first: Sequence[dict], second: Sequence[dict], draws: Resamples) -> dict:
@@ -86,6 +122,19 @@ def _differences(kind: str, first: Sequence[dict], second: Sequence[dict], draws
             "n": int(ours[name].columns.any(axis=1).sum()), "groups": len(set(groups)), "higher_is_better": ours[name].higher,
         }  # fmt: skip
     return out
+
+
+def compare_with_first(paths: Sequence[Path], split: str, resamples: int, seed: int) -> list[dict]:
+    """`compare` of the first evaluation with each of the others, their label probabilities too.
+
+    Raises:
+        UserError: for fewer than two, and as `folder_of` and `compare` do.
+    """
+    if len(paths) < 2:
+        raise UserError(f"one run to compare; {paths[0]}; two or more are needed; name another")
+    found = [(load(path, split), told(path, split)) for path in paths]
+    first, sure = found[0]
+    return [compare(first, other, resamples, seed, (sure, others)) for other, others in found[1:]]
 
 
 def verdict(made: Mapping, first: str, second: str) -> str:
@@ -109,7 +158,8 @@ def show(made: Mapping, first: str, second: str, console: Console) -> None:
     for name in ("", "score", "first", "second", "difference \\[95 %]", "n/groups"):
         table.add_column(name, justify="right" if name in ("first", "second", "n/groups") else "left")
     for kind, scores in made["questions"].items():
-        for name, figure in list(scores.items())[: 1 if "accuracy" in list(scores)[:1] else 2]:
+        for name in _shown(scores):
+            figure = scores[name]
             if figure["difference"] is None:
                 continue
             span = f" \\[{figure['interval'][0]:+.2f}, {figure['interval'][1]:+.2f}]" if figure["interval"] else ""
@@ -123,6 +173,20 @@ def show(made: Mapping, first: str, second: str, console: Console) -> None:
         f"{made['only_first']} and {made['only_second']} asked of one only), resampled by {made['groups']} groups.",
         style="dim", soft_wrap=True,
     )  # fmt: skip
+    for side, name in (("first", first), ("second", second)):
+        if made["skipped"][side]:
+            console.print(f"Not compared, for only {name} was asked: {', '.join(made['skipped'][side])}.", soft_wrap=True)
+
+
+def _shown(scores: Mapping) -> list[str]:
+    """The headline, accuracy beside it where that is another, and all scores of ranking."""
+    names = list(scores)
+    return names[: 1 if names[0] == "accuracy" else 2] + [name for name in names if name in ranking.SCORES]
+
+
+def told(path: Path, split: str = "test") -> dict[Key, dict]:
+    """An evaluation's label probabilities by key; empty if it was made without ``--confidence``."""
+    return confidence.read(folder_of(path, split) / "confidence.jsonl")
 
 
 def speeds(runs: Sequence[Path], split: str) -> dict[str, dict]:

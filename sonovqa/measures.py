@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sonovqa import answers, metrics, overlap
+from sonovqa import answers, metrics, overlap, prompt_variants
 from sonovqa.metrics import Score, mean
 from sonovqa.questions import QUESTIONS, REPORT_ID
 
@@ -41,8 +41,12 @@ def read(question_id: str, text: str, question: str = "") -> Meaning | None:
 
 
 def meaning(row: dict, text: str) -> Meaning | None:
-    """The meaning of ``text`` as an answer to the row's question; ``None`` if it cannot be read."""
-    return read(row["question_id"], text, row.get("question") or "")
+    """The meaning of ``text`` as an answer to the row's question, asked with the row's prompt; ``None`` if it cannot be read."""
+    return read(row["question_id"], _understood(row, text), row.get("question") or "")
+
+
+def _understood(row: dict, text: str) -> str:
+    return prompt_variants.understood(row["question_id"], row.get("prompt") or "", text)
 
 
 def key_of(row: dict, text: str) -> str:
@@ -73,7 +77,19 @@ def right(row: dict, text: str) -> bool:
     Of Q5 the bin of weeks counts; values of Q4, where the reference has any, and numbers of free answers may differ by
     `TOLERANCE`.
     """
-    return _same(row["question_id"], row.get("question") or "", row["reference"], text)
+    return _same(row["question_id"], row.get("question") or "", row["reference"], _understood(row, text))
+
+
+def agree(row: dict, other: dict) -> bool:
+    """Whether two answers to one question about one image, asked with different prompts, mean the same.
+
+    An unread answer agrees with nothing. Which of the two is right, if any, plays no part.
+    """
+    texts = [_understood(each, each["prediction"]) for each in (row, other)]
+    question_id, question = row["question_id"], row.get("question") or ""
+    if any(read(question_id, text, question) is None for text in texts):
+        return False
+    return _same(question_id, question, *texts) or _same(question_id, question, *reversed(texts))
 
 
 def _numbers_agree(expected: Meaning, found: Meaning) -> bool:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from sonovqa import asking, comparing, dataset
+from sonovqa import asking, comparing, dataset, prompt_variants
 from sonovqa.cli import UserError
 from sonovqa.findings import Finding
 from sonovqa.predictions import Key
+
+
+def find(args: argparse.Namespace, run: Mapping | None, about: Mapping, raw) -> list[Finding]:
+    """What the data set's and the run's own records say against an evaluation.
+
+    Args:
+        args: evaluate.py's, ``--prompts`` filled in.
+        run: run.json, or ``None`` for what is no run. about: dataset.json. raw: the evaluated rows, images not decoded.
+    """
+    found = [*leaks_of_data(about, args.split)]
+    if run is not None:
+        found += seen_in_training(run, about, args.split, raw)
+        found += unlike_training(run, args.prompt, args.task, (args.min_pixels, args.max_pixels))
+    return found
 
 
 def leaks_of_data(about: Mapping, split: str) -> Iterable[Finding]:
@@ -63,13 +78,17 @@ def _hashes(raw) -> set[str]:
     return {hashlib.sha256(asking.image_bytes(raw, row)).hexdigest() for row in range(len(raw))}
 
 
+def own_prompts(run: Mapping | None) -> str:
+    """The line of prompt variants that a run was trained with (`prompt_variants.variants`); of what is no run, the default."""
+    return (run or {}).get("prompt_variant") or prompt_variants.DEFAULT
+
+
 def unlike_training(run: Mapping, prompt: str, task: str, pixels: Sequence[int | None]) -> Iterable[Finding]:
     """A prompt variant, task or pixel budget that differs from the run's own."""
-    trained = run.get("prompt_variant", "default")
-    if prompt != trained:
-        yield Finding(
-            "prompt unlike training", None, 0, f"asked with the prompts “{prompt}”; the run was trained with “{trained}”"
-        )
+    unlike = prompt_variants.differing(prompt, own_prompts(run), task)
+    if unlike:
+        told = ", ".join(f"{q} with its prompt “{name}”, trained with “{own}”" for q, (name, own) in unlike.items())
+        yield Finding("prompt unlike training", None, len(unlike), f"asked unlike in training: {told}")
     learnt = run["arguments"].get("task", "all")
     if learnt not in ("all", task):
         yield Finding("task unlike training", None, 0, f"asked --task {task}; the run was trained on --task {learnt}")

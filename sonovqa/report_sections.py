@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from sonovqa import answers
+from sonovqa import answers, coherence
 from sonovqa.metrics import Score, mean
 from sonovqa.questions import QUESTIONS, REPORT_ID
 
@@ -54,27 +54,9 @@ def expand(rows: Iterable[Mapping]) -> list[dict]:
 
 
 def violations(text: str) -> list[str]:
-    """What a report says in one section that does not go with another; the rules are data in ``answers.toml``.
-
-    An abnormal or unclear finding wants a matching recommendation; a measurement must belong to the plane; the age must
-    lie within the plane's range of weeks. A section that is missing or unread breaks no rule.
-    """
-    read = {q: answers.read(q, body) for q, body in sections_of(text).items()}
-    found = []
-    verdict, actions = read.get("Q7"), read.get("Q8")
-    called_for = set(answers.COHERENCE.get(f"{verdict.key}_actions", ())) if verdict else set()
-    if called_for and actions and not actions.labels & called_for:
-        found.append(f"{verdict.key}, but recommended is only: {actions.key}")
-    rules = answers.PLANE_RULES.get(dict(read["Q3"].parts).get("plane", "")) if read.get("Q3") else None
-    if rules:
-        plane = dict(read["Q3"].parts)["plane"]
-        alien = read["Q4"].labels - set(rules["parameters"]) - {answers.NOT_ASSESSABLE} if read.get("Q4") else set()
-        if alien:
-            found.append(f"{', '.join(sorted(alien))} cannot be measured in the plane {plane}")
-        weeks = read["Q5"].weeks if read.get("Q5") else None
-        if weeks and (weeks[1] < rules["weeks"][0] or weeks[0] > rules["weeks"][1]):
-            found.append(f"{weeks[0]:g}-{weeks[1]:g} weeks in the plane {plane}, used at {rules['weeks'][0]}-{rules['weeks'][1]}")
-    return found
+    """What a report says in one section that does not go with another (`coherence.rules`)."""
+    broken = coherence.rules({q: answers.read(q, body) for q, body in sections_of(text).items()})
+    return [wrong for wrong in broken.values() if wrong]
 
 
 def measure(rows: Sequence[Mapping], texts: Sequence[str]) -> dict[str, Score]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sonovqa import asking, measures, metrics, report_sections
+from sonovqa import asking, coherence, measures, metrics, report_sections
 from sonovqa.asking import Item
 from sonovqa.metrics import Resamples, Score
 from sonovqa.predictions import Key
@@ -94,8 +94,8 @@ def score(
         wording: scores of wording to have beside `WORDING`, such as `bertscore.BertScore`.
 
     Returns:
-        ``{"questions": {kind: {...}}, "overall": {...}, "majority_of", "blind", "intervals"}``, JSON values only, and
-        ``"report"`` where reports were asked for.
+        ``{"questions": {kind: {...}}, "overall": {...}, "majority_of", "blind", "intervals"}``, JSON values only;
+        ``"report"`` where reports were asked for, ``"coherence"`` where answers can be held against each other.
     """
     draws = Resamples([row["group"] for row in rows], resamples, seed)
     reports = [row for row in rows if row["question_id"] == REPORT_ID]
@@ -109,6 +109,7 @@ def score(
         "questions": {kind: _score_kind(kind, kinds[kind], baselines, draws, wording or {}) for kind in ordered},
         "overall": _overall(rows, [row for found in kinds.values() for row in found], baselines, draws),
         **({"report": _score_reports(reports, draws)} if reports else {}),
+        **_coherence(parts, draws),
         "majority_of": baselines.majority_of,
         "blind": baselines.blind is not None,
         "intervals": {"level": metrics.LEVEL, "resamples": resamples, "by": "group", "groups": len(draws.codes), "seed": seed},
@@ -136,7 +137,7 @@ def _score_kind(kind: str, rows: list[dict], baselines: Baselines, draws: Resamp
         "majority_answer": baselines.majority.get(kind),
         "headline": headline,
         "metrics": {
-            name: _figure(s, groups, draws, {o: (m[name], r) for o, (m, r) in others.items() if name in m})
+            name: figure(s, groups, draws, {o: (m[name], r) for o, (m, r) in others.items() if name in m})
             for name, s in scores.items()
         },
         "answers": _distribution(answered, texts),
@@ -154,10 +155,16 @@ def _others(rows: list[dict], baselines: Baselines, measure) -> dict[str, tuple[
     return others
 
 
-def _figure(score: Score, groups: list[str], draws: Resamples, others: Mapping[str, tuple[Score, np.ndarray]]) -> dict:
-    """One score as JSON: value, interval, n, groups, direction, and each baseline with the paired difference to it."""
+def figure(score: Score, groups: Sequence[str], draws: Resamples, others: Mapping[str, tuple[Score, np.ndarray]]) -> dict:
+    """One score as JSON: value, interval, n, groups, direction, and what it stands beside.
+
+    Args:
+        groups: of the score's rows.
+        others: by name, another score of the same rows and a mask ``[n]`` of those it has; each comes with the paired
+            difference to it over these.
+    """
     counted = score.columns.any(axis=1)
-    figure = {
+    made = {
         "value": _number(score.value),
         "interval": _numbers(draws.interval(score, groups)),
         "n": int(counted.sum()),
@@ -167,14 +174,14 @@ def _figure(score: Score, groups: list[str], draws: Resamples, others: Mapping[s
     for name, (other, rows) in others.items():
         here = [g for g, r in zip(groups, rows, strict=True) if r]
         mine, theirs = score.take(rows), other.take(rows)
-        figure[name] = {
+        made[name] = {
             "value": _number(theirs.value),
             "interval": _numbers(draws.interval(theirs, here)),
             "n": int(rows.sum()),
             "difference": _number(mine.value - theirs.value),
             "difference_interval": _numbers(draws.difference(mine, theirs, here)),
         }
-    return figure
+    return made
 
 
 def _overall(asked: Sequence[Mapping], parts: Sequence[dict], baselines: Baselines, draws: Resamples) -> dict:
@@ -185,10 +192,10 @@ def _overall(asked: Sequence[Mapping], parts: Sequence[dict], baselines: Baselin
         return {"accuracy": metrics.mean([measures.right(row, text) for row, text in zip(rows, texts, strict=True)])}
 
     others = {o: (m["accuracy"], seen) for o, (m, seen) in _others(rows, baselines, accuracy).items()}
-    figure = _figure(accuracy([row["prediction"] for row in rows])["accuracy"], [row["group"] for row in rows], draws, others)
+    right = figure(accuracy([row["prediction"] for row in rows])["accuracy"], [row["group"] for row in rows], draws, others)
     failed = sum(row["error"] is not None for row in asked)
     images = len({row["image_id"] for row in asked})
-    return {"asked": len(asked), "failed": failed, "images": images, "metrics": {"accuracy": figure}}
+    return {"asked": len(asked), "failed": failed, "images": images, "metrics": {"accuracy": right}}
 
 
 def _score_reports(rows: Sequence[Mapping], draws: Resamples) -> dict:
@@ -197,9 +204,24 @@ def _score_reports(rows: Sequence[Mapping], draws: Resamples) -> dict:
     return {
         "asked": len(rows),
         "failed": len(rows) - len(answered),
-        "metrics": {name: _figure(s, [row["group"] for row in answered], draws, {}) for name, s in scores.items()},
+        "metrics": {name: figure(s, [row["group"] for row in answered], draws, {}) for name, s in scores.items()},
         "violations": report_sections.listed(answered),
     }
+
+
+def _coherence(parts: Sequence[dict], draws: Resamples) -> dict:
+    """Whether the answers about an image go together, beside its references; nothing where no two questions are tied."""
+    group = {row["image_id"]: row["group"] for row in parts}
+    said, meant = (coherence.by_image(parts, column) for column in ("prediction", "reference"))
+    images = [image for image in said if said[image] or meant[image]]
+    if not images:
+        return {}
+    groups, all_rows = [group[image] for image in images], np.ones(len(images), bool)
+    references = {"references": (coherence.score(meant, images), all_rows)}
+    coherent = figure(coherence.score(said, images), groups, draws, references)
+    beyond = figure(coherence.score(said, images, meant), groups, draws, {})
+    about = {"images": len(images), "coherent": coherent, "beyond_references": beyond, "rules": coherence.tally(said)}
+    return {"coherence": about | {"references_rules": coherence.tally(meant), "violations": coherence.listed(said)}}
 
 
 def _distribution(rows: Sequence[dict], texts: Sequence[str]) -> dict:
@@ -251,9 +273,8 @@ def _slices(rows: Sequence[dict], score: Score, by: str, draws: Resamples) -> di
         here = [row for row, inside in zip(rows, mask, strict=True) if inside]
         missed = [row for row in here if not measures.right(row, row["prediction"])]
         wrong = Counter((measures.key_of(row, row["reference"]), measures.key_of(row, row["prediction"])) for row in missed)
-        figure = _figure(score.take(mask), [row["group"] for row in here], draws, {})
-        figure["confused"] = [{"reference": m, "predicted": s, "n": n} for (m, s), n in wrong.most_common(1)]
-        found[value] = figure
+        found[value] = figure(score.take(mask), [row["group"] for row in here], draws, {})
+        found[value]["confused"] = [{"reference": m, "predicted": s, "n": n} for (m, s), n in wrong.most_common(1)]
     sign = -1 if score.higher is False else 1
     return dict(sorted(found.items(), key=lambda entry: (entry[1]["value"] is None, sign * (entry[1]["value"] or 0))))
 

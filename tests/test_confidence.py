@@ -19,7 +19,7 @@ from test_evaluate import FakeEngine, data, no_report, perfect  # noqa: F401 - f
 from tiny_families import FAMILIES
 
 import evaluate
-from sonovqa import answers, asking, calibration, chat, confidence, endpoint_likelihoods, files, most_useful
+from sonovqa import answers, asking, calibration, chat, confidence, endpoint_likelihoods, files, most_useful, ranking
 from sonovqa.batching import Encoder
 from sonovqa.bertscore import BertScore
 from sonovqa.cli import UserError
@@ -107,7 +107,7 @@ def test_labels_are_the_canonical_ones_in_the_words_of_the_training_split():
 def test_ranking_scores_equal_scikit_learn(rows):
     truth, score = np.array([r[0] for r in rows]), np.array([r[1] for r in rows])
     weights = np.stack([np.ones(len(rows)), np.random.default_rng(0).integers(0, 4, len(rows))])
-    ours = calibration.auroc(truth, score, weights), calibration.average_precision(truth, score, weights)
+    ours = ranking.auroc(truth, score, weights), ranking.average_precision(truth, score, weights)
     for row, weight in enumerate(weights):
         if len({bool(t) for t, w in zip(truth, weight, strict=True) if w}) < 2:
             continue

@@ -22,6 +22,7 @@ from sonovqa.engines import EngineError, ImageRequest, LabelReply, LabelRequest,
 PASSING = frozenset({408, 409, 425, 429})
 #: vLLM answers a race for its tokenizer with HTTP 400; the next try goes through. Source: DESIGN.md, seen at 128 in flight.
 ALREADY_BORROWED = "Already borrowed"
+KEY_NAMES = ("VLLM_API_KEY", "OPENAI_API_KEY")
 LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the server asks for
 FINISHED = ("stop", "length")
 #: How the error of a request begins that got no answer at all, as if nobody were there.
@@ -44,7 +45,7 @@ class Asked:
 class Endpoint:
     """Answers through an OpenAI-compatible API such as the one ``serve.sh`` starts. Call `check` before the first question.
 
-    The key comes from ``VLLM_API_KEY`` or else ``OPENAI_API_KEY`` in the environment, and from nowhere else.
+    The key comes from ``key_env`` in the environment, unset from ``VLLM_API_KEY`` or else ``OPENAI_API_KEY``; from nowhere else.
 
     Args:
         base_url: ``http://host:port`` or ``…/v1``.
@@ -53,19 +54,24 @@ class Endpoint:
         timeout: seconds a request may take.
         retries: further tries after the first.
         backoff: seconds before the second try; doubled for each try after it, less up to a half at random.
+        key_env: name of the environment variable that holds the key.
+        extra: further fields of every request's body, such as vLLM's ``ignore_eos`` (blank answers are then answers too).
 
     Raises:
-        UserError: if ``base_url`` is no URL.
+        UserError: if ``base_url`` is no URL, or ``key_env`` is not set.
     """
 
     def __init__(self, base_url: str, model: str | None = None, in_flight: int = 16, timeout: float = 120.0,
-                 retries: int = 5, backoff: float = 0.5):  # fmt: skip
+                 retries: int = 5, backoff: float = 0.5, key_env: str | None = None, extra: dict | None = None):  # fmt: skip
         url = urlsplit(base_url)
         if url.scheme not in ("http", "https") or not url.hostname:
             raise UserError(f"--endpoint; {base_url!r} is no URL; such as http://127.0.0.1:8000/v1")
         self.base_url = base_url.rstrip("/") + ("/v1" if url.path in ("", "/") else "")
         self.model, self.in_flight, self.timeout = model, in_flight, timeout
         self.retries, self.backoff = retries, backoff
+        self.key_names, self.extra = (key_env,) if key_env else KEY_NAMES, extra or {}
+        if key_env and not self._key():
+            raise UserError(f"--api-key-env; {key_env} is not set in the environment; export {key_env}=…")
 
     @property
     def name(self) -> str:
@@ -83,13 +89,14 @@ class Endpoint:
             with self._client(openai.OpenAI, timeout=min(self.timeout, 15.0)) as client:
                 served = [model.id for model in client.models.list().data]
         except (openai.AuthenticationError, openai.PermissionDeniedError):
-            told = "the key in VLLM_API_KEY or OPENAI_API_KEY" if _key() else "a request without a key"
-            raise UserError(f"the endpoint refuses {told}; {self.base_url}; set VLLM_API_KEY to the server's key") from None
+            told = f"the key in {' or '.join(self.key_names)}" if self._key() else "a request without a key"
+            way_out = f"set {self.key_names[0]} to the server's key"
+            raise UserError(f"the endpoint refuses {told}; {self.base_url}; {way_out}") from None
         except (openai.APIError, AttributeError, TypeError, ValueError) as fault:
             way_out = "start one with ./serve.sh outputs/<run>, or mend --endpoint"
             if isinstance(fault, openai.APIConnectionError):
-                raise UserError(f"no answer from the endpoint; {self.base_url}: {_in_words(fault)}; {way_out}") from None
-            raise UserError(f"not an OpenAI-compatible API; {self.base_url}/models: {_in_words(fault)}; {way_out}") from None
+                raise UserError(f"no answer from the endpoint; {self.base_url}: {in_words(fault)}; {way_out}") from None
+            raise UserError(f"not an OpenAI-compatible API; {self.base_url}/models: {in_words(fault)}; {way_out}") from None
         if self.model is None and len(served) == 1:
             self.model = served[0]
         if self.model not in served:
@@ -142,8 +149,8 @@ class Endpoint:
                     return
                 raise EngineError("the connection broke and the answer then began differently; ask again")
             except (openai.APIError, IncompleteError, ValueError) as fault:
-                if attempt > self.retries or not _may_pass(fault):
-                    raise EngineError(_in_words(fault)) from fault
+                if attempt > self.retries or not may_pass(fault):
+                    raise EngineError(in_words(fault)) from fault
                 time.sleep(self._pause(attempt, fault))
 
     def _stream_once(self, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
@@ -157,7 +164,7 @@ class Endpoint:
                     if piece := choice.delta.content:
                         empty = empty and not piece.strip()
                         yield piece
-        _check_finished(reason, empty)
+        check_finished(reason, empty)
 
     async def _open(self, asked: Iterator, ask: Callable) -> AsyncIterator:
         import openai
@@ -184,7 +191,8 @@ class Endpoint:
             return asked
         started = time.perf_counter()
         request = self._request(asked.messages, max_new_tokens)
-        told, error = await self._tried(client, request, _read)
+        read = functools.partial(_read, blank_allowed=bool(self.extra.get("ignore_eos")))
+        told, error = await self._tried(client, request, read)
         text, reason, tokens = told or ("", None, 0)
         return Reply(asked.image_id, asked.question_id, text, error, reason, tokens, time.perf_counter() - started)
 
@@ -209,12 +217,16 @@ class Endpoint:
             try:
                 return read(await client.chat.completions.create(**request)), None
             except (openai.APIError, IncompleteError, ValueError) as fault:  # ValueError: a body that is no JSON
-                if attempt > self.retries or not _may_pass(fault):
-                    return None, _in_words(fault) + (f" (tried {attempt} times)" if attempt > 1 else "")
+                if attempt > self.retries or not may_pass(fault):
+                    return None, in_words(fault) + (f" (tried {attempt} times)" if attempt > 1 else "")
                 await asyncio.sleep(self._pause(attempt, fault))
 
     def _request(self, messages: list[dict], max_new_tokens: int) -> dict:
-        return {"model": self.model or "", "messages": messages, "max_tokens": max_new_tokens, "temperature": 0.0}
+        asked = {"model": self.model or "", "messages": messages, "max_tokens": max_new_tokens, "temperature": 0.0}
+        return asked | ({"extra_body": self.extra} if self.extra else {})
+
+    def _key(self) -> str | None:
+        return next((os.environ[name] for name in self.key_names if os.environ.get(name)), None)
 
     def _client(self, kind, timeout: float | None = None):
         import openai
@@ -222,7 +234,7 @@ class Endpoint:
         seconds = timeout or self.timeout
         limits = openai.Timeout(seconds, connect=min(seconds, 10.0))
         # Retries are counted here. The key is never None: the client would then look for one in places of its own.
-        return kind(base_url=self.base_url, api_key=_key() or "none", max_retries=0, timeout=limits)
+        return kind(base_url=self.base_url, api_key=self._key() or "none", max_retries=0, timeout=limits)
 
     def _pause(self, attempt: int, fault: Exception) -> float:
         """Seconds before the next try: exponential with jitter, or longer where the server's Retry-After says so."""
@@ -287,11 +299,7 @@ def encoded_as_seen(data: bytes) -> tuple[bytes, str]:
     return stream.getvalue(), "image/png"
 
 
-def _key() -> str | None:
-    return os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
-
-
-def _read(completion) -> tuple[str, str, int]:
+def _read(completion, blank_allowed: bool = False) -> tuple[str, str, int]:
     """Text, finish reason and token count of a chat completion; raises `IncompleteError` where there is no answer in it."""
     try:
         choice = completion.choices[0]
@@ -299,24 +307,25 @@ def _read(completion) -> tuple[str, str, int]:
         tokens = completion.usage.completion_tokens if completion.usage else 0
     except (AttributeError, IndexError, TypeError):
         raise IncompleteError("the endpoint's answer is no chat completion") from None
-    _check_finished(reason, not text.strip())
+    check_finished(reason, not text.strip() and not blank_allowed)
     return text.strip(), reason, tokens
 
 
-def _check_finished(reason: str | None, empty: bool) -> None:
+def check_finished(reason: str | None, empty: bool) -> None:
+    """Raise `IncompleteError` for an answer that is empty or did not come to its end."""
     if reason not in FINISHED:
         raise IncompleteError(f"the answer was not finished ({reason})" if reason else "the answer was cut off")
     if empty:
         raise IncompleteError("the answer is empty")
 
 
-def _may_pass(fault: Exception) -> bool:
+def may_pass(fault: Exception) -> bool:
     """Whether the same request may succeed later. Anything that is not an HTTP status (connection, time, cut) may."""
     status = getattr(fault, "status_code", None)
     return status is None or status in PASSING or status >= 500 or (status == 400 and ALREADY_BORROWED in str(fault))
 
 
-def _in_words(fault: Exception) -> str:
+def in_words(fault: Exception) -> str:
     """A fault in one line: the server's own message where it sent one."""
     import openai
 

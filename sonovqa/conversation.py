@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sonovqa import chat, images
+from sonovqa import chat, images, prompt_variants
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine
 from sonovqa.questions import QUESTIONS, REPORT_ID
@@ -91,7 +91,7 @@ class Conversation:
     """One image and what was said about it.
 
     Attributes:
-        variant: name of the prompt variant for Q1 … Q8 and the report.
+        variant: line of prompt variants for Q1 … Q8 and the report (`prompt_variants.variants`).
         max_new_tokens: an answer's limit; a report may have eight times it.
         history: question, answer, question, answer, …
     """
@@ -167,6 +167,33 @@ def picture_of_set(folder: Path, image_id: str | None = None, split: str = "test
     row = 0 if image_id is None else ids.index(image_id)
     context = rows[row].get("context") if "context" in rows.column_names else None
     return Picture(ids[row], asking.image_bytes(rows, row), context)
+
+
+def prompts_line(line: str | None, run: str | None, question: str | None = None) -> str:
+    """The line of prompt variants to ask with: ``line``, or where that is ``None`` the one the run was trained with.
+
+    Args:
+        line: as ``--prompts`` takes it; see `prompt_variants.variants`.
+        run: a run of train.py, or its ``merged/``. What else there is, and an endpoint (``None``), is asked the default.
+        question: the one thing that is asked: ``all``, ``report``, ``Q1`` … ``Q8`` or any text; ``None`` if all that may come.
+
+    Raises:
+        UserError: if the line names a question or a prompt that there is not, or changes nothing of what is asked.
+    """
+    from sonovqa import provenance, records
+
+    if line is None:
+        home = Path(run or "")
+        record = records.read_run(home.parent if home.name == "merged" else home) if run else None
+        line, question = provenance.own_prompts(record), None
+    names = prompt_variants.variants(line)
+    task = "all" if (question or "").strip().lower() == "all" else question_id_of(question or "")
+    asked = prompt_variants.asked(task) if task else tuple(names)
+    default = prompt_variants.DEFAULT
+    if any(name != default for name in names.values()) and all(names[q] == default for q in asked):
+        allowed = ", ".join(sorted({name for q in asked for name in prompt_variants.PROMPTS[q]}))
+        raise UserError(f"--prompts {line}; {', '.join(asked)} has no such prompt; {allowed} are allowed; mend --prompts")
+    return line
 
 
 def question_id_of(text: str, allow_number: bool = False) -> str | None:

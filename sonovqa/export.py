@@ -15,7 +15,9 @@ from sonovqa.splits import SPLITS
 MARK = ".sonovqa-export"  # tells a folder that an export made, and may replace, from any other
 
 
-def export_chat(data, path: Path, task: str, advance: Callable[[int], None] = lambda count: None) -> dict[str, int]:
+def export_chat(
+    data, path: Path, task: str, variant: str = "default", advance: Callable[[int], None] = lambda count: None
+) -> dict[str, int]:
     """Write the training split to ``path``, the others beside it as ``<stem>-validation.jsonl`` and ``<stem>-test.jsonl``.
 
     A line is ``{"messages": [system, user (image, then text), assistant]}``, one for each question, or one an image for the
@@ -25,13 +27,15 @@ def export_chat(data, path: Path, task: str, advance: Callable[[int], None] = la
         data: a stored data set (`DatasetDict`); images are copied without being decoded.
         path: a ``.jsonl`` file.
         task: ``all``, ``report`` or a question id.
+        variant: a line of `prompt_variants.variants`; answers are in the form that its prompts ask for, as in training.
         advance: told how many more images are written.
 
     Returns:
         Lines written to each split's file.
 
     Raises:
-        UserError: no row answers ``task``, or the images folder holds something that no export wrote.
+        UserError: no row answers ``task``, ``variant`` names a prompt that there is not, or the images folder holds something
+            that no export wrote.
     """
     from datasets import Image
 
@@ -44,7 +48,7 @@ def export_chat(data, path: Path, task: str, advance: Callable[[int], None] = la
         for split in SPLITS:
             lines[split] = []
             for row in data[split].cast_column("image", Image(decode=False)):
-                lines[split] += _write_row(row, part, folder.name, task)
+                lines[split] += _write_row(row, part, folder.name, task, variant)
                 advance(1)
         if not lines["train"]:
             raise UserError(
@@ -57,8 +61,8 @@ def export_chat(data, path: Path, task: str, advance: Callable[[int], None] = la
     return {split: len(found) for split, found in lines.items()}
 
 
-def _write_row(row: dict, part: Path, folder: str, task: str) -> list[str]:
-    tasks = tasks_of(row, task)
+def _write_row(row: dict, part: Path, folder: str, task: str, variant: str) -> list[str]:
+    tasks = tasks_of(row, task, variant)
     if not tasks:
         return []
     target = part / row["image_id"]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from sonovqa import chat, cli, files, images, predictions, records
+from sonovqa import answers, chat, cli, files, images, predictions, prompt_variants, records
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine, ImageRequest
 from sonovqa.questions import QUESTIONS
@@ -67,7 +67,7 @@ def fill(
 
     Args:
         out: the workbook; ``<out>.answers.jsonl`` beside it keeps the answers.
-        variant: name of the prompt variant.
+        variant: a line of `prompt_variants.variants`.
         context: a line that belongs to every image, such as a pixel size.
 
     Returns:
@@ -94,7 +94,7 @@ def fill(
             log.append(kept[key] | {"file": stamps[reply.image_id]})
             asked += 1
             bar.advance(task)
-        table = [row_of(image, kept, problems) for image in found]
+        table = [row_of(image, kept, problems, variant) for image in found]
         write_workbook(out, table, settings)
         log.append({"wrote": files.sha256(out.read_bytes())})
     answered = sum(row[2] == "answered" for row in table)
@@ -136,19 +136,27 @@ def requests(
         yield ImageRequest(image.image_id, image.path.read_bytes(), context, prompts)
 
 
-def row_of(image: Found, kept: dict, problems: dict[str, str]) -> list[str]:
+def row_of(image: Found, kept: dict, problems: dict[str, str], variant: str) -> list[str]:
     """One row of the sheet: every answer there is, and ``answered`` or the reason why some are missing."""
-    answers, reasons = [], []
+    cells, reasons = [], []
     for question_id in QUESTIONS:
         row = kept.get((image.image_id, question_id))
-        answers.append(row["prediction"] if row and row["error"] is None else "")
+        cells.append(cell_of(question_id, row["prediction"], variant) if row and row["error"] is None else "")
         if row and row["error"] is not None:
             reasons.append(f"{question_id}: {row['error']}")
     if problem := problems.get(image.image_id):
         reasons = [problem]
-    missing = answers.count("")
+    missing = cells.count("")
     status = "answered" if not missing else f"failed: {'; '.join(reasons) or f'no answer to {missing} questions'}"
-    return [image.folder, image.path.name, status, *answers]
+    return [image.folder, image.path.name, status, *cells]
+
+
+def cell_of(question_id: str, answer: str, variant: str) -> str:
+    """An answer as the sheet's column, which knows nothing of the prompt, would be read: "No." to "Is this ultrasound normal?"
+    is abnormal. What reads alike there stays as it was said; the journal keeps every answer so.
+    """
+    meant = prompt_variants.understood(question_id, chat.prompt_for(question_id, "", variant), answer)
+    return answer if answers.label(question_id, answer) == answers.label(question_id, meant) else meant
 
 
 def write_workbook(out: Path, table: list[list[str]], settings: dict) -> None:

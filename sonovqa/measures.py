@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from sonovqa import answers, metrics, overlap, prompt_variants
+from sonovqa import answers, extraction, metrics, overlap, prompt_variants
 from sonovqa.metrics import Score, mean
 from sonovqa.questions import QUESTIONS, REPORT_ID
 
@@ -21,11 +21,15 @@ _WEEK_BINS = ("under 8", *answers.CANONICAL["Q5"])
 
 
 def kind_of(row: dict) -> str:
-    """What a row is tabled under: Q1 … Q8, ``report``, else its answer type (``closed``, ``open``)."""
+    """What a row is tabled under: Q1 … Q8, ``report``, an extraction's question, else the answer type (``closed``, ``open``)."""
     question_id = row["question_id"]
-    if question_id in QUESTIONS or question_id == REPORT_ID:
+    if question_id in QUESTIONS or question_id == REPORT_ID or _extracts(row):
         return question_id
     return row["answer_type"] or "open"
+
+
+def _extracts(row: dict) -> bool:
+    return row.get("answer_type") == extraction.ANSWER_TYPE
 
 
 def order_of(kind: str) -> tuple[int, str]:
@@ -42,6 +46,9 @@ def read(question_id: str, text: str, question: str = "") -> Meaning | None:
 
 def meaning(row: dict, text: str) -> Meaning | None:
     """The meaning of ``text`` as an answer to the row's question, asked with the row's prompt; ``None`` if it cannot be read."""
+    if _extracts(row):
+        key = extraction.key_of(text)
+        return None if key is None else Meaning(key, frozenset((key,)))
     return read(row["question_id"], _understood(row, text), row.get("question") or "")
 
 
@@ -75,8 +82,10 @@ def right(row: dict, text: str) -> bool:
     """Whether ``text`` says what the row's reference says: the same meaning, or where either is unread the same wording.
 
     Of Q5 the bin of weeks counts; values of Q4, where the reference has any, and numbers of free answers may differ by
-    `TOLERANCE`.
+    `TOLERANCE`. An extraction has to be right in every term and value.
     """
+    if _extracts(row):
+        return extraction.score(row["reference"], text)["combined"] == 1
     return _same(row["question_id"], row.get("question") or "", row["reference"], _understood(row, text))
 
 
@@ -120,19 +129,24 @@ def measure(kind: str, rows: Sequence[dict], texts: Sequence[str]) -> dict[str, 
     if kind in _OWN:
         expected = [meaning(row, row["reference"]) for row in rows]
         scores |= _OWN[kind](expected, [meaning(row, text) for row, text in zip(rows, texts, strict=True)])
-    if kind not in QUESTIONS:
+    if kind in extraction.QUESTIONS:
+        scores |= extraction.measure(references, texts)
+    elif kind not in QUESTIONS:
         scores |= _numbers(rows, texts)
     scores["exact match"] = mean([text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)])
     return scores | overlap.wording(references, list(texts))
 
 
 def headline(kind: str, scores: dict) -> str:
-    """The score a question is judged by: F1 for sets, balanced accuracy for yes/no, `within 10 %` for values, else accuracy.
+    """The score a question is judged by: F1 for sets, balanced accuracy for yes/no, `within 10 %` for values, `combined` for
+    extractions, else accuracy.
 
     Accuracy too where no reference could be read, so that there is no score of its own.
     """
     if kind == "Q4" and "within 10 %" in scores:
         return "within 10 %"
+    if "combined" in scores:
+        return "combined"
     chosen = {"Q1": "F1", "Q4": "F1", "Q8": "F1", "Q7": "balanced accuracy"}.get(kind, "accuracy")
     return chosen if chosen in scores else "accuracy"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging as stdlib_logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -160,6 +161,8 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    # On some CPUs bitsandbytes asks for a package of faster 4-bit kernels; nothing here computes in 4 bits on a CPU.
+    stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)
 
 
 def _load_unsloth(name: str, bits: int, checkpointing: bool):

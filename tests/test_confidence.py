@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_image
+from evaluating import FakeEngine, data, no_report, perfect  # noqa: F401 - fixtures
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as reference
 from stand_in import StandIn, send
-from test_evaluate import FakeEngine, data, no_report, perfect  # noqa: F401 - fixtures
 from tiny_families import FAMILIES
 
 import evaluate

@@ -7,8 +7,8 @@ import json
 
 import numpy as np
 import pytest
+from evaluating import FakeEngine, a_run, data, no_report, perfect  # noqa: F401 - fixtures
 from sklearn import metrics as reference
-from test_evaluate import FakeEngine, a_run, data, no_report, perfect  # noqa: F401 - fixtures
 
 import evaluate
 from sonovqa import (

@@ -1,5 +1,7 @@
 """evaluate.py with engines whose faults are known: what is asked, what is written, what the first lines say."""
 
+# ruff: noqa: F811 - tests take imported fixtures by their names
+
 from __future__ import annotations
 
 import io
@@ -7,98 +9,14 @@ import json
 import random
 
 import datasets
-import numpy as np
 import pytest
+from evaluating import PLANES, STRUCTURES, WEEKS, FakeEngine, data, no_report, perfect, run  # noqa: F401 - fixtures
 from PIL import Image
 
 import evaluate
-from sonovqa import answers, asking, dataset, files, predictions, provenance, report_html
+from sonovqa import asking, files
 from sonovqa.cli import UserError
 from sonovqa.engines import Reply
-
-PLANES = {"Trans-thalamic": "trans-thalamic", "Abdomen": "axial abdomen", "Femur": "longitudinal femur"}
-WEEKS = ("15-20 weeks", "20-25 weeks", "30-35 weeks")
-STRUCTURES = {"Trans-thalamic": "skull, thalami", "Abdomen": "stomach, spine", "Femur": "femur"}
-
-
-def a_row(number: int, per_group: int = 2) -> dict:
-    category = list(PLANES)[number % 3]
-    stream = io.BytesIO()
-    size = (48, 32) if number % 2 else (32, 32)
-    Image.fromarray(np.random.default_rng(number).integers(0, 255, (*size[::-1], 3), np.uint8)).save(stream, "PNG")
-    texts = {
-        "Q1": STRUCTURES[category],
-        "Q2": ("cephalic", "breech")[number // 3 % 2],
-        "Q3": PLANES[category],
-        "Q5": WEEKS[number // 2 % 3],
-        "Q7": "abnormal" if number % 7 == 0 else "normal",
-    }
-    entries = [
-        {"question_id": q, "question": "", "answer": answers.normalise(q, t), "label": answers.label(q, t), "answer_type": ""}
-        for q, t in texts.items()
-    ]
-    return {
-        "image": {"bytes": stream.getvalue(), "path": None}, "image_id": f"{category}/{number:04d}.png",
-        "group": f"p{number // per_group}", "category": category, "questions": entries,
-    }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "small"
-    ranges = {"train": range(200, 320), "validation": range(400, 410), "test": range(84)}
-    splits = {
-        name: datasets.Dataset.from_list([a_row(i) for i in numbers]).cast_column("image", datasets.Image())
-        for name, numbers in ranges.items()
-    }
-    datasets.DatasetDict(splits).save_to_disk(str(folder))
-    files.write_json(folder / "dataset.json", {"fingerprint": "f" * 64})
-    return folder
-
-
-class FakeEngine:
-    """Answers by a rule; counts what it is asked. ``rule(request, question_id, truth)`` gives a text or a `Reply`."""
-
-    name = "fake"
-
-    def __init__(self, data, rule, stop_after: int | None = None):
-        rows = datasets.load_from_disk(str(data))["test"].remove_columns("image")
-        self.truth = {(r["image_id"], q["question_id"]): q["answer"] for r in rows for q in r["questions"]}
-        self.rule, self.stop_after, self.asked = rule, stop_after, []
-
-    def answer(self, requests, max_new_tokens):
-        for request in requests:
-            for question_id, _ in request.prompts:
-                if self.stop_after is not None and len(self.asked) == self.stop_after:
-                    raise KeyboardInterrupt
-                self.asked.append((request.image_id, question_id))
-                said = self.rule(request, question_id, self.truth.get((request.image_id, question_id)))
-                yield said if isinstance(said, Reply) else Reply(request.image_id, question_id, said, None, "stop", 3, 0.01)
-
-
-def perfect(request, question_id, truth):
-    return truth if truth is not None else "normal"
-
-
-@pytest.fixture(autouse=True)
-def no_report(monkeypatch):
-    """`tests/test_report_html.py` looks at the report; drawing it here would only take time."""
-    monkeypatch.setattr(report_html, "render", lambda *arguments: "")
-
-
-@pytest.fixture
-def run(data, tmp_path, monkeypatch, capsys):
-    """Run evaluate.main with a fake engine; gives status, scores, output and the engine."""
-
-    def go(rule, *flags, stop_after=None, out="eval"):
-        engine = FakeEngine(data, rule, stop_after)
-        monkeypatch.setattr(evaluate, "open_engine", lambda args: engine)
-        folder = tmp_path / out
-        status = evaluate.main(["some/model", "--data", str(data), "--out", str(folder), "--resamples", "200", *flags])
-        return status, files.read_json(folder / "scores.json"), capsys.readouterr().out, engine
-
-    go.folder = tmp_path / "eval"
-    return go
 
 
 def test_perfect_answers_beat_both_baselines(run):
@@ -250,27 +168,6 @@ def test_answers_cut_at_the_limit_are_said(run):
     assert {"cut", "stop short"} <= kinds
 
 
-def test_a_broken_line_is_named(tmp_path):
-    path = tmp_path / "p.jsonl"
-    path.write_bytes(b'{"a": 1}\n{"b": \n{"c": 2}\n')
-    with pytest.raises(UserError, match="line 2"):
-        predictions.read(path)
-    path.write_bytes(b'{"a": 1}\n{"b": ')
-    assert predictions.read(path) == [{"a": 1}]
-
-
-def test_two_evaluations_never_write_one_file(tmp_path):
-    with predictions.Log(tmp_path / "p.jsonl"), pytest.raises(UserError, match="another evaluation"):
-        predictions.Log(tmp_path / "p.jsonl")
-
-
-def test_a_failure_never_replaces_an_answer():
-    answer = {"image_id": "a", "question_id": "Q1", "error": None, "prediction": "x"}
-    failure = answer | {"error": "HTTP 500", "prediction": None}
-    assert predictions.latest([answer, failure]) == {("a", "Q1"): answer}
-    assert predictions.latest([failure, answer]) == {("a", "Q1"): answer}
-
-
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -292,62 +189,6 @@ def test_rotated_images_get_a_grey_one_of_the_size_shown(tmp_path):
     Image.new("RGB", (40, 30)).save(stream, "JPEG", exif=exif)
     raw = [{"image": {"bytes": stream.getvalue(), "path": None}}]
     assert asking.image_sizes(raw, [0]) == {0: (30, 40)}
-
-
-def a_run(trained_on, **changes) -> dict:
-    """The record of a finished run that was trained on the data set in that folder."""
-    run = {
-        "arguments": {"data": str(trained_on), "model": "some/model", "task": "all"},
-        "data": "f" * 64,
-        "prompt_variant": "default",
-    }
-    return run | {"pixels": [4096, 12288]} | changes
-
-
-def test_patients_seen_in_training_are_said(data, tmp_path):
-    raw = dataset.load_undecoded(data)
-    about = {"fingerprint": "f" * 64}
-    assert list(provenance.seen_in_training(a_run(data), about, "test", raw["test"])) == []
-    (leak,) = provenance.seen_in_training(a_run(data), about, "test", raw["train"].select(range(4)))
-    assert leak.serious and "2 of 2 test groups were seen in training" in leak.text
-    other = a_run(data, data="e" * 64)  # trained on another set: images are compared by their bytes, not by names
-    assert list(provenance.seen_in_training(other, about, "test", raw["test"])) == []
-    (leak,) = provenance.seen_in_training(other, about, "test", raw["train"].select(range(4)))
-    assert "4 of 4 test images were seen in training" in leak.text
-    (gone,) = provenance.seen_in_training(a_run(tmp_path / "gone"), about, "test", raw["test"])
-    assert not gone.serious and "not at" in gone.text
-
-
-def test_prompts_and_pixels_unlike_training_are_said(data):
-    run = a_run(data)
-    assert list(provenance.unlike_training(run, "default", "all", (None, None))) == []
-    assert list(provenance.unlike_training(run, "default", "all", (4096, 12288))) == []
-    told = [f.kind for f in provenance.unlike_training(run, "simple", "all", (None, 99999))]
-    assert told == ["prompt unlike training", "pixels unlike training"]
-    q7 = a_run(data, arguments=run["arguments"] | {"task": "Q7"})
-    assert [f.kind for f in provenance.unlike_training(q7, "default", "all", (None, None))] == ["task unlike training"]
-
-
-def test_leaks_that_prepare_found_are_repeated():
-    about = {"leakage": {"test_questions": 451, "test_questions_on_images_outside_test": 446, "groups": ["a"]}}
-    first, second = provenance.leaks_of_data(about, "test")
-    assert "446 of 451 test questions (98.9%)" in first.text and "1 groups" in second.text
-    assert list(provenance.leaks_of_data(about, "train")) == []
-
-
-def test_a_run_below_its_base_is_said(run, data, tmp_path, monkeypatch):
-    """The base gets all right, the tuned run a quarter of Q2 wrong: found by itself where evaluate.py writes the base's."""
-    monkeypatch.chdir(tmp_path)
-    run(perfect, "--no-blind", out="outputs/model/eval-test")
-    folder = tmp_path / "outputs" / "tuned"
-    (folder / "merged").mkdir(parents=True)
-    files.write_json(folder / "run.json", a_run(data))
-    wrong = FakeEngine(data, lambda r, q, truth: "breech" if q == "Q2" else truth)
-    monkeypatch.setattr(evaluate, "open_engine", lambda args: wrong)
-    evaluate.main(["outputs/tuned", "--data", str(data), "--no-blind", "--resamples", "200"])
-    scores = files.read_json(folder / "eval-test" / "scores.json")
-    (below,) = [f for f in scores["findings"] if f["kind"] == "below base" and f["serious"]]
-    assert below["question"] == "Q2" and "accuracy 0.50 is below its own base's 1.00" in below["text"]
 
 
 def test_an_endpoint_answers_and_its_failures_stay_failures(data, tmp_path, monkeypatch, capsys):

@@ -48,8 +48,8 @@ def scans(tmp_path) -> Path:
     return tmp_path / "scans"
 
 
-def fill(scans: Path, engine: Engine, **options):
-    return folder_sheet.fill(scans, scans.parent / "out.xlsx", engine, "default", 16, **options)
+def fill(scans: Path, engine: Engine, prompts: str = "default", **options):
+    return folder_sheet.fill(scans, scans.parent / "out.xlsx", engine, prompts, 16, **options)
 
 
 def table(scans: Path) -> list[tuple]:
@@ -114,6 +114,8 @@ def test_answers_of_another_model_or_a_sheet_made_elsewhere_are_not_mixed_in(sca
     other.name = "another"
     with pytest.raises(UserError, match="engine was 'echo'"):
         fill(scans, other)
+    with pytest.raises(UserError, match="prompt was 'default'"):
+        fill(scans, Engine(), "Q7=simple")
     with pytest.raises(UserError, match="context was None"):
         fill(scans, Engine(), context="Pixel size: 1 mm")
     (scans.parent / "out.xlsx.answers.jsonl").unlink()
@@ -128,6 +130,33 @@ def test_cells_hold_text_whatever_it_begins_with(scans):
     sheet = openpyxl.load_workbook(scans.parent / "out.xlsx")["Answers"]
     assert "f" not in {cell.data_type for row in sheet for cell in row}
     assert sheet["D3"].value == "=HYPERLINK(0)\ufffd @+- Q1"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said", "cell"),
+    [
+        ("default", "abnormal: mass", "abnormal: mass"),
+        ("Q7=simple", "No.", "abnormal."),
+        ("simple", "Yes, normal.", "Yes, normal."),
+        ("clinical", "None.", "normal."),
+        ("structured", "NORMAL. No abnormal mass is seen.", "NORMAL. No abnormal mass is seen."),
+    ],
+)
+def test_a_cell_means_in_its_column_what_was_meant_by_the_prompt(prompts, said, cell):
+    assert folder_sheet.cell_of("Q7", said, prompts) == cell
+    assert folder_sheet.cell_of("Q2", said, prompts) == said
+
+
+def test_the_sheet_holds_what_is_meant_and_the_journal_what_was_said(scans):
+    class Terse(Engine):
+        def answer(self, requests, max_new_tokens):
+            for request in requests:
+                for question_id, prompt in request.prompts:
+                    yield Reply(request.image_id, question_id, "No." if prompt == "Is this ultrasound normal?" else "fine")
+
+    fill(scans, Terse(), "Q7=simple")
+    assert [row[9] for row in table(scans)[2:]] == ["abnormal."] * 3
+    assert (scans.parent / "out.xlsx.answers.jsonl").read_text().count('"No."') == 3
 
 
 def test_images_directly_in_the_folder_take_its_name(tmp_path):

@@ -19,6 +19,7 @@ from sonovqa import chat, cli, conversation
 from sonovqa.cli import UserError
 from sonovqa.conversation import Conversation, Picture
 from sonovqa.engines import EngineError
+from sonovqa.prompt_variants import PROMPTS
 from sonovqa.questions import QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -234,6 +235,68 @@ def test_piped_conversation_with_a_broken_stream(image):
 def test_mistakes_on_the_command_line(words, told):
     with pytest.raises(UserError, match=told):
         inference.main(words)
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A finished run that was trained to give its verdict on Q7 first."""
+    (tmp_path / "run" / "merged").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"prompt_variant": "Q7=structured"}))
+    return tmp_path / "run"
+
+
+def asked_with(words: list[str], monkeypatch) -> dict[str, str]:
+    """The prompts that one-shot answers were asked with, by question id."""
+    echo = Echo()
+    monkeypatch.setattr(inference, "answerer", lambda args: echo)
+    inference.main(words)
+    texts = [turns[-1] for _, turns, _ in echo.asked]
+    return {q: name for q, prompts in PROMPTS.items() for name, text in prompts.items() if text in texts}
+
+
+def test_a_run_is_asked_with_its_own_prompts_unless_told_otherwise(trained, image, monkeypatch):
+    own = dict.fromkeys(QUESTIONS, "default") | {"Q7": "structured"}
+    for run_ in (trained, trained / "merged"):
+        assert asked_with(["--run", str(run_), "--image", str(image), "--question", "all"], monkeypatch) == own
+    words = ["--run", str(trained), "--image", str(image), "--question"]
+    assert asked_with([*words, "Q7"], monkeypatch) == {"Q7": "structured"}
+    assert asked_with([*words, "Q2"], monkeypatch) == {"Q2": "default"}
+    assert asked_with([*words, "report", "--prompts", "paraphrase"], monkeypatch) == {"report": "paraphrase"}
+    some = dict.fromkeys(QUESTIONS, "short") | {"Q7": "simple"}
+    assert asked_with([*words, "ALL", "--prompts", "short,Q7=simple"], monkeypatch) == some
+
+
+def test_what_is_no_run_is_asked_the_default(tmp_path):
+    assert conversation.prompts_line(None, "some/model") == conversation.prompts_line(None, None) == "default"
+    assert conversation.prompts_line(None, str(tmp_path)) == "default"
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["folder", "conversation"])
+def test_a_folder_and_a_conversation_are_asked_with_the_runs_own_prompts(trained, image, monkeypatch, many, tmp_path, screen):
+    asked = []
+    monkeypatch.setattr(inference, "answerer", lambda args: asked.append(args.prompts) or sys.exit(0))
+    words = ["--folder", str(image.parent), "--out", str(tmp_path / "x.xlsx")] if many else ["--image", str(image)]
+    with pytest.raises(SystemExit):
+        inference.main(["--run", str(trained), *words])
+    assert asked == ["Q7=structured"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--prompts", "fancy"], "no question has a prompt named 'fancy'; default, paraphrase, short"),
+        (["--prompts", "Q9=short"], "'Q9' is no question"),
+        (["--prompts", "short,clinical"], "one name stands for all"),
+        (["--prompts", ""], "no question has a prompt named ''"),
+        (["--prompts", "simple", "--question", "Q2"], "Q2 has no such prompt; clinical, default, paraphrase, short are allowed"),
+        (["--prompts", "Q7=simple", "--question", "report"], "report has no such prompt; default, paraphrase, structured"),
+    ],
+)
+def test_prompts_that_cannot_be_asked_are_told_in_one_line_before_anything_is_loaded(words, told, image, monkeypatch):
+    monkeypatch.setattr(inference, "answerer", lambda args: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=told) as mistake:
+        inference.main(["--run", "tiny", "--image", str(image), *words])
+    assert "\n" not in str(mistake.value)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_evaluate import FakeEngine, a_run, data, no_report, perfect  # noqa: F401 - fixtures
+from evaluating import FakeEngine, a_run, data, no_report, perfect  # noqa: F401 - fixtures
 
 import evaluate
 from sonovqa import answers, asking, chat, confidence, dataset, files, measures, predictions, prompt_variants, provenance

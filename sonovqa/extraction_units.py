@@ -1,0 +1,51 @@
+"""Units and frequencies as clinical pages write them, and what means the same. Data only."""
+
+from __future__ import annotations
+
+#: One spelling and its synonyms, without case and spaces. Units of different size or meaning are never joined: mEq is not
+#: mmol, and no number is converted. Source of the spellings: UCUM (Unified Code for Units of Measure) and common lab reports.
+_SYNONYMS = {
+    "": ("ratio", "units:none", "none", "n/a"),
+    "mg": ("milligram", "milligrams", "mgs"), "g": ("gram", "grams", "gm", "gms"), "kg": ("kilogram", "kilograms", "kgs"),
+    "mcg": ("ug", "microgram", "micrograms"), "ng": ("nanogram",), "lb": ("lbs", "pound", "pounds"),
+    "ml": ("milliliter", "milliliters", "millilitre", "cc", "mls"), "l": ("liter", "liters", "litre", "litres"), "dl": (),
+    "units": ("unit", "u"), "iu": ("internationalunits",), "puffs": ("puff",), "tablets": ("tablet", "tab", "tabs"),
+    "drops": ("drop", "gtt", "gtts"), "capsules": ("capsule", "cap", "caps"),
+    "mg/dl": ("mg%", "mgs/dl"), "g/dl": ("gm/dl", "g%"), "g/l": (), "mg/l": (), "mcg/dl": ("ug/dl",), "mcg/l": ("ug/l",),
+    "ng/ml": (), "ng/dl": (), "pg/ml": (), "pg": (), "fl": (), "ng/l": (), "mg/g": (), "ml/min": ("cc/min",),
+    "mmol/l": ("mm/l", "millimol/l"), "mcmol/l": ("umol/l", "micromol/l"), "nmol/l": (), "pmol/l": (), "mmol": (),
+    "meq": (), "meq/l": (), "u/l": ("units/l",), "iu/l": (), "miu/l": ("mu/l",), "uiu/ml": ("mciu/ml",), "mosm/kg": (),
+    "10^9/l": ("x10^9/l", "10*9/l", "10e9/l", "k/ul", "k/mcl", "10^3/ul", "x10^3/ul", "10*3/ul", "thou/ul", "10⁹/l", "x10⁹/l"),
+    "10^12/l": ("x10^12/l", "10*12/l", "m/ul", "10^6/ul", "x10^6/ul", "10*6/ul", "mill/ul", "10¹²/l"),
+    "mmhg": ("mm hg", "torr"), "cmh2o": ("cm h2o", "cmh₂o"), "kpa": (),
+    "bpm": ("beats/min", "beatsperminute", "beats/minute"), "/min": ("breaths/min", "permin", "breaths/minute"),
+    "%": ("percent", "pct"), "°c": ("c", "degc", "ºc", "celsius"), "°f": ("f", "degf", "ºf", "fahrenheit"),
+    "mm": ("millimeter", "millimeters"), "cm": ("centimeter", "centimeters", "cms"), "m": ("meters",), "cm2": ("cm²", "cm^2"),
+    "m/s": ("m/sec",), "cm/s": ("cm/sec",), "kg/m2": ("kg/m²", "kg/m^2"), "l/min": ("lpm", "liters/min"), "l/min/m2": (),
+    "mm/hr": ("mm/h",), "ml/hr": ("ml/h", "cc/hr", "ml/hour"), "mg/hr": ("mg/h",), "units/hr": ("u/hr", "units/h", "u/h"),
+    "mcg/min": ("ug/min",), "mcg/hr": ("ug/hr", "mcg/h"), "mcg/kg/min": ("ug/kg/min",), "mcg/kg/hr": ("ug/kg/hr", "mcg/kg/h"),
+    "units/min": ("u/min",), "mg/kg": (), "mg/kg/hr": (), "ml/kg": (), "ml/min/1.73m2": ("ml/min/1.73m²", "ml/min/1.73m^2"),
+    "s": ("sec", "secs", "second", "seconds"), "ms": ("msec",), "min": ("minute", "minutes", "mins"),
+    "h": ("hr", "hrs", "hour", "hours"), "days": ("day",), "weeks": ("week", "wks", "wk"), "months": ("month",),
+    "years": ("year", "yr", "yrs"), "mg/ml": (), "mcg/ml": ("ug/ml",),
+}  # fmt: skip
+
+#: Spelling in lower case and without spaces -> the one spelling.
+UNITS = {other.replace(" ", ""): name for name, others in _SYNONYMS.items() for other in (name, *others)}
+
+#: How often a medication is taken -> one wording. "qod" (every other day) and "od" (once daily) stay apart.
+FREQUENCIES = {
+    other: name
+    for name, others in {
+        "once daily": ("daily", "qd", "od", "every day", "1x/day", "once a day", "q day", "every 24 hours", "one time a day"),
+        "twice daily": ("bid", "2x/day", "twice a day", "two times a day", "two times daily", "every 12 hours"),
+        "three times daily": ("tid", "3x/day", "three times a day", "every 8 hours"),
+        "four times daily": ("qid", "4x/day", "four times a day", "every 6 hours"),
+        "at bedtime": ("qhs", "hs", "nightly", "every night", "every night at bedtime"),
+        "as needed": ("prn", "when needed", "if needed"),
+        "every morning": ("qam", "in the morning"),
+        "every other day": ("qod", "alternate days"),
+        "once weekly": ("weekly", "every week", "once a week", "qwk"),
+    }.items()
+    for other in (name, *others)
+}

@@ -1,0 +1,209 @@
+"""The command that serve.sh would run: which weights, which limits, which name, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from keys_and_ports import KEYS, no_keys  # noqa: F401 - a fixture
+
+from sonovqa import serving_plan
+from sonovqa.cli import UserError
+from sonovqa.serving_plan import Plan, make_plan
+
+
+def write(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def model_folder(folder: Path, pixels=(4096, 12288), dtype="bfloat16", longest=32768) -> Path:
+    """A model folder as far as planning looks into it."""
+    write(folder / "config.json", {"dtype": dtype, "text_config": {"max_position_embeddings": longest}})
+    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+    write(folder / "processor_config.json", {"image_processor": {"patch_size": 16, "merge_size": 2, "size": size}})
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}")  # a header without tensors
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    model_folder(tmp_path / "phantoms" / "merged")
+    return tmp_path / "phantoms"
+
+
+def add_adapter(run: Path, base: Path, rank=16, layer="visual.blocks.0.attn.qkv", pixels=(4096, 12288)) -> None:
+    from safetensors.numpy import save_file
+
+    adapter = model_folder(run / "adapter", pixels)
+    write(adapter / "adapter_config.json", {"r": rank, "base_model_name_or_path": str(base)})
+    save_file({f"base_model.model.model.{layer}.lora_A.weight": np.zeros((1, 1))}, adapter / "adapter_model.safetensors")
+
+
+def value(plan: Plan, flag: str) -> str:
+    return plan.command[plan.command.index(flag) + 1]
+
+
+def test_plan_serves_merged_weights_on_loopback_within_bounds(run):
+    plan = make_plan(run, device="gpu")
+    assert (plan.name, plan.url) == ("phantoms", "http://127.0.0.1:8000/v1")
+    assert value(plan, "--model") == str(run / "merged")
+    assert value(plan, "--served-model-name") == "phantoms"
+    assert value(plan, "--host") == "127.0.0.1"
+    assert json.loads(value(plan, "--limit-mm-per-prompt")) == {"image": 1, "video": 0}
+    assert value(plan, "--generation-config") == "vllm"
+    assert json.loads(value(plan, "--structured-outputs-config")) == {"backend": "xgrammar", "disable_any_whitespace": True}
+    assert value(plan, "--max-model-len") == "4096"  # 12 image tokens and 3,072 of text, in whole thousands
+    assert "--enable-prefix-caching" in plan.command
+    assert value(plan, "--allowed-media-domains").endswith(".invalid")  # the server cannot be made to fetch
+    assert not {"--mm-processor-kwargs", "--enforce-eager", "--enable-lora"} & set(plan.command)
+
+
+@pytest.mark.parametrize(("stored", "served"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "bfloat16")])
+def test_cpu_plan_bounds_memory_and_takes_the_type_from_the_configuration(run, stored, served, monkeypatch):
+    model_folder(run / "merged", dtype=stored)
+    plan = make_plan(run, device="cpu")
+    assert (value(plan, "--dtype"), plan.env["VLLM_CPU_KVCACHE_SPACE"]) == (served, "1")
+    assert "--enforce-eager" in plan.command
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "4")
+    assert make_plan(run, device="cpu").env["VLLM_CPU_KVCACHE_SPACE"] == "4"
+
+
+def test_run_merged_folder_and_bare_model_have_the_right_name(run, tmp_path):
+    assert make_plan(run / "merged", device="gpu").name == "phantoms"
+    bare = model_folder(tmp_path / "my-model")
+    assert make_plan(bare, device="gpu").name == "my-model"
+
+
+@pytest.mark.parametrize(
+    ("pixels", "longest", "expected"),
+    [((4096, 512 * 384), 32768, "4096"), ((65536, 16777216), 262144, "19456"), ((4096, 12288), 2048, "2048")],
+)
+def test_context_follows_the_pixel_budget_within_the_models_limit(run, pixels, longest, expected):
+    model_folder(run / "merged", pixels, longest=longest)
+    assert value(make_plan(run, device="gpu"), "--max-model-len") == expected
+
+
+def test_lora_plan(run, tmp_path):
+    base = model_folder(tmp_path / "base", pixels=(65536, 16777216))
+    add_adapter(run, base, rank=20)
+    plan = make_plan(run, lora=True, device="gpu")
+    assert value(plan, "--model") == str(base)
+    assert value(plan, "--served-model-name") == "phantoms-base"
+    assert value(plan, "--lora-modules") == f"phantoms={run / 'adapter'}"
+    assert value(plan, "--max-lora-rank") == "32"
+    assert "--enable-tower-connector-lora" in plan.command
+    assert json.loads(value(plan, "--mm-processor-kwargs")) == {"size": {"shortest_edge": 4096, "longest_edge": 12288}}
+    assert value(plan, "--max-model-len") == "4096", "the run's budget counts, not the base's"
+
+
+def test_lora_plan_says_only_what_is_needed(run, tmp_path):
+    add_adapter(run, model_folder(tmp_path / "base"), layer="language_model.layers.0.mlp.up_proj")
+    plan = make_plan(run, lora=True, device="gpu")
+    assert not {"--enable-tower-connector-lora", "--mm-processor-kwargs"} & set(plan.command)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.4", "gpu-box", "127.0.0.1.example.org"])
+def test_a_host_beyond_loopback_needs_a_key_which_is_never_shown(run, host, monkeypatch):
+    with pytest.raises(UserError, match="needs a key"):
+        make_plan(run, host=host, device="gpu")
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    plan = make_plan(run, host=host, device="gpu")
+    assert "s3cret" not in plan.shown() + str(plan)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]"), ("localhost", "localhost"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]")],
+)
+def test_url_is_one_a_client_here_can_reach(host, url):
+    assert serving_plan.address(host) == url
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["--host", "--host=0.0.0.0", "--hos", "--port", "--api-key", "--api_key=x", "--model", "--served_model_name", "--config"],
+)
+def test_flags_that_would_undo_the_guards_are_refused(run, word):
+    with pytest.raises(UserError) as mistake:
+        make_plan(run, device="gpu", extra=(word, "x"))
+    assert "\n" not in str(mistake.value)
+
+
+def test_further_flags_pass_through_and_come_last(run):
+    extra = ("--tensor-parallel-size", "4", "--max-model-len", "8192")
+    assert make_plan(run, device="gpu", extra=extra).command[-4:] == list(extra)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda run: shutil.rmtree(run), "no such folder"),
+        (lambda run: shutil.rmtree(run / "merged"), "holds neither merged/"),
+        (lambda run: (run / "merged").rename(run / "merged.unchecked"), "the merge check of"),
+        (lambda run: (run / "merged" / "model.safetensors").rename(run / "merged" / "pytorch_model.bin"), "pickled weights"),
+        (lambda run: (run / "merged" / "model.safetensors").unlink(), "holds no weights"),
+        (lambda run: (run / "merged" / "processor_config.json").unlink(), "lacks processor files"),
+        (lambda run: (run / "merged" / "chat_template.jinja").unlink(), "no chat template"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_one_line(run, spoil, told):
+    spoil(run)
+    with pytest.raises(UserError, match=told) as mistake:
+        make_plan(run, device="gpu")
+    assert "\n" not in str(mistake.value)
+
+
+def test_lora_without_an_adapter_or_with_too_high_a_rank(run, tmp_path):
+    with pytest.raises(UserError, match="holds no adapter"):
+        make_plan(run, lora=True, device="gpu")
+    add_adapter(run, model_folder(tmp_path / "base"), rank=600)
+    with pytest.raises(UserError, match="rank 600"):
+        make_plan(run, lora=True, device="gpu")
+
+
+def test_shown_command_is_what_a_shell_would_run(tmp_path):
+    folder = model_folder(tmp_path / "a run's folder" / "merged").parent
+    plan = make_plan(folder, device="cpu")
+    done = subprocess.run(
+        ["bash", "-c", plan.shown().replace("env ", "env -i printf '%s\\n' ", 1)], capture_output=True, text=True
+    )
+    words = done.stdout.splitlines()
+    assert words == [*(f"{k}={v}" for k, v in plan.env.items()), *plan.command]
+
+
+def shell(*words: str, **env: str) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in KEYS} | {"PYTHON": sys.executable} | env
+    return subprocess.run(["bash", str(ROOT / "serve.sh"), *words], capture_output=True, text=True, env=env, cwd="/", timeout=120)
+
+
+def test_serve_sh_dry_run_from_any_folder(run):
+    done = shell(str(run), "--device", "gpu", "--port", "8123", "--dry-run", "--", "--data-parallel-size", "2")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.replace("\\\n", " "))
+    assert words[-2:] == ["--data-parallel-size", "2"]
+    assert words[words.index("--port") + 1] == "8123"
+    assert not (run / "serve-8123.log").exists()
+
+
+def test_serve_sh_mistakes_are_one_line_and_status_2(run):
+    for words in ([str(run / "absent")], [str(run), "--host", "0.0.0.0", "--dry-run"], [str(run), "--no-such-flag"]):
+        done = shell(*words)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_serve_sh_is_clean():
+    subprocess.run(["bash", "-n", str(ROOT / "serve.sh")], check=True)
+    if shellcheck := shutil.which("shellcheck"):
+        subprocess.run([shellcheck, str(ROOT / "serve.sh")], check=True)

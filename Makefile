@@ -6,16 +6,17 @@ REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirement
 DEMO_IMAGES ?= 2400
 DEMO_PORT ?= 8017
 
-.PHONY: demo test install lint experiments-table
+.PHONY: demo test install lint experiment experiments-table bench
 
 install: .venv/installed
 
 .venv/installed: $(REQUIREMENTS)
+	@$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else "error: $(PYTHON) is Python " + sys.version.split()[0] + "; 3.11 or 3.12 is needed; make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r $(REQUIREMENTS)
 	@touch $@
 
-# About fifteen minutes on two cores. It owns data/demo and outputs/demo, and starts them anew.
+# About seven minutes on two cores, downloads included. It owns data/demo and outputs/demo, and starts them anew.
 demo: install
 	rm -rf data/demo data/demo-source outputs/demo outputs/tiny/eval-test
 	$(PY) prepare_dataset.py phantoms --images $(DEMO_IMAGES) --size 400x300 --out data/demo
@@ -32,5 +33,17 @@ test: install
 lint: install
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
+# `make experiment N=3` runs that block of experiments.md; MODEL, DATA, SEEDS and the like in front of it or behind.
+experiment: install
+	@$(PY) -m sonovqa.experiments $(N)
+
 experiments-table: install
 	$(PY) -m sonovqa.tables
+
+# Shared image prefix against separate sequences, raw steps, then train.py against the peers' way; then answering.
+BENCH_DATA ?= data/phantoms-bench
+BENCH_MODEL ?= tiny
+bench: install
+	test -e $(BENCH_DATA)/dataset.json || $(PY) prepare_dataset.py phantoms --images 400 --size 400x300 --out $(BENCH_DATA)
+	$(PY) -m sonovqa.bench train --data $(BENCH_DATA) --model $(BENCH_MODEL) --size 128x96 --pairs 64 128
+	$(PY) -m sonovqa.bench answer --data $(BENCH_DATA) --model $(BENCH_MODEL)

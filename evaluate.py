@@ -39,6 +39,7 @@ from sonovqa import (
     files,
     findings,
     metrics,
+    models,
     most_useful,
     predictions,
     prompt_variants,
@@ -54,7 +55,7 @@ from sonovqa.questions import TASKS
 
 FLAG = argparse.BooleanOptionalAction
 SPLITS = ("test", "validation", "train")
-POSITIVE = ("in_flight", "batch_images", "max_new_tokens", "max_images", "min_pixels", "max_pixels", "most_useful")
+POSITIVE = ("in_flight", "batch_images", "max_new_tokens", "max_images", "most_useful")
 
 
 def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
@@ -114,10 +115,9 @@ def add_scoring_flags(group) -> None:
 
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once, before anything is loaded."""
-    wrong = [n for n in POSITIVE if getattr(args, n) is not None and getattr(args, n) < 1]
-    problems = [f"--{n.replace('_', '-')} must be at least 1; it is {getattr(args, n)}" for n in wrong]
-    if args.resamples < 0:
-        problems.append(f"--resamples must be 0 or more; it is {args.resamples}")
+    problems = cli.out_of_range(args, POSITIVE, ("resamples", "seed")) + models.wrong_pixels(args.min_pixels, args.max_pixels)
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        problems.append(f"--out {args.out}; it is no folder; a new one, or one that an evaluation made, is allowed")
     if bool(args.run) == bool(args.endpoint):
         problems.append("nobody, or two, to answer; name either RUN_OR_MODEL or --endpoint URL")
     if args.model and not args.endpoint:
@@ -153,7 +153,7 @@ def read_data(args: argparse.Namespace):
         args.model = open_engine(args).model
     splits = dataset.load_undecoded(args.data)
     raw = splits[args.split] if args.max_images is None else dataset.subset(splits[args.split], args.max_images, args.seed)
-    return splits, files.read_json(args.data / "dataset.json"), raw
+    return splits, dataset.about(args.data), raw
 
 
 def evaluate(argv: list[str]) -> int:

@@ -16,9 +16,10 @@ import argparse
 import os
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 
-from sonovqa import cli, memory, planning, prompt_variants, records, resuming, weighting
+from sonovqa import cli, memory, models, planning, prompt_variants, records, resuming, weighting
 from sonovqa.cli import UserError, console
 from sonovqa.questions import TASKS
 
@@ -151,15 +152,14 @@ def check(args: argparse.Namespace) -> None:
             f"run `python prepare_dataset.py phantoms --images 2000 --out {args.data}`"
         )
     counts = ("batch", "accumulate", "rank", "alpha", "log_every", "eval_every", "steps", "patience", "max_images", "max_tokens")
-    for name in counts:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            problems.append(f"--{name.replace('_', '-')} {value}; must be 1 or more")
-    if args.epochs <= 0 or args.lr <= 0 or not 0 <= args.dropout < 1 or args.focal < 0:
-        problems.append(
-            f"--epochs {args.epochs}, --lr {args.lr}, --dropout {args.dropout} and --focal {args.focal}; above 0, above 0, "
-            "in [0, 1) and 0 or more are allowed"
-        )
+    problems += cli.out_of_range(
+        args, counts, ("focal", "weight_decay", "warmup", "workers", "seed", "dropout"), ("epochs", "lr")
+    )
+    if args.dropout >= 1:
+        problems.append(f"--dropout {args.dropout}; must be below 1")
+    if args.full and args.bits in (4, 8):
+        problems.append(f"--full with --bits {args.bits}; quantised weights cannot be trained; use --bits 16 with --full")
+    problems += models.wrong_pixels(args.min_pixels, args.max_pixels)
     cli.check(problems)
     prompt_variants.check(args.prompts, args.task)
     tiny = args.model.partition("-")[0] == "tiny"
@@ -185,8 +185,6 @@ def name_run(args: argparse.Namespace) -> Path:
 
 
 def load(args: argparse.Namespace):
-    from sonovqa import models
-
     backend, why = models.choose_backend(args.backend)
     if backend == "unsloth":
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
@@ -200,8 +198,6 @@ def load(args: argparse.Namespace):
 
 
 def adapt(args: argparse.Namespace, loaded):
-    from sonovqa import models
-
     toggles = (args.vision, args.language, args.attention, args.mlp)
     how = models.Adapting(args.rank, args.alpha, args.dropout, *toggles, args.full, args.checkpointing, args.seed)
     return models.adapt(loaded, how)
@@ -249,7 +245,8 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.optimizer = args.optimizer or ("adamw_8bit" if torch.cuda.is_available() else "adamw_torch")
     validate = "validation" in plans and not args.dry_run
-    config = training.configure(args, folder / "checkpoints", validate, TIMED_STEPS if args.dry_run else args.steps)
+    place = Path(tempfile.gettempdir()) if args.dry_run else folder / "checkpoints"
+    config = training.configure(args, place, validate, TIMED_STEPS if args.dry_run else args.steps)
     tracked = int(os.environ.get("RANK", 0)) == 0 and not args.dry_run and args.report_to != "none"
     tracking = records.start_tracking(args.outputs, args.run, vars(args)) if tracked else None
     progress = training.Progressing(plans["train"].questions, plans["train"].tokens, tracking)

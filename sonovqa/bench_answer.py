@@ -88,9 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once. Raises `UserError`."""
-    low = [n for n in ("rows", "new_tokens", "limit") if getattr(args, n) < 1]
-    low += [n for n in ("batch_images", "in_flight") if min(getattr(args, n)) < 1]
-    problems = [f"--{n.replace('_', '-')} must be at least 1; it is {getattr(args, n)}" for n in low]
+    problems = cli.out_of_range(args, ("rows", "new_tokens", "limit", "batch_images", "in_flight"))
     if not (args.model or args.run) and not (args.endpoint and args.engines == [VLLM]):
         problems.append("nobody to answer; name --model or --run, or --engines vllm with --endpoint URL")
     problems += [f"--run; {run} is no run of train.py; it has no run.json; name outputs/<run>, or a folder of weights as --model"

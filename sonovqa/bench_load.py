@@ -89,15 +89,12 @@ def run(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once. Raises `UserError`."""
-    low = [name for name in ("requests", "new_tokens", "rows", "timeout", "clients") if getattr(args, name) < 1]
-    problems = [f"--{name.replace('_', '-')} must be at least 1; it is {getattr(args, name)}" for name in low]
+    problems = cli.out_of_range(args, ("requests", "new_tokens", "rows", "timeout", "clients"), ("retries",))
     problems += [f"--users; {n}; 1 to {MOST_USERS} is allowed" for n in args.users if not 1 <= n <= MOST_USERS]
     problems += [f"--clients {args.clients} are more than --users {n}; one user each at least; lower --clients"
                  for n in args.users if n < args.clients]  # fmt: skip
     problems += [f"--requests {args.requests} are fewer than --users {n}: some would never ask; raise --requests"
                  for n in args.users if args.requests < n <= MOST_USERS]  # fmt: skip
-    if args.retries < 0:
-        problems.append(f"--retries must be 0 or more; it is {args.retries}")
     cli.check(problems)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -15,6 +16,11 @@ RESEARCH_NOTICE = "Research use only. Not a medical device: no answer here may g
 #: Tables and progress go to standard output, everything that is not a result to standard error.
 console = Console(highlight=False, soft_wrap=False)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+#: Faults of a disk and of a path, which are nobody's programming error.
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+MISPLACED = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP}
 
 
 class UserError(Exception):
@@ -56,6 +62,29 @@ def check(problems: list[str]) -> None:
         raise UserError("\n       ".join(problems))
 
 
+def out_of_range(args, counts=(), not_negative=(), positive=()) -> list[str]:
+    """What is wrong with numbers of a command line, a line each, for `check`; unset ones are left alone.
+
+    Args:
+        args: the parsed arguments.
+        counts, not_negative, positive: names of those that must be 1 or more, 0 or more, above 0. None may be infinite or NaN;
+            of a list each is checked.
+    """
+    rules = (
+        (counts, lambda value: value >= 1, "1 or more"),
+        (not_negative, lambda value: value >= 0, "0 or more"),
+        (positive, lambda value: value > 0, "above 0"),
+    )
+    problems = []
+    for names, fits, allowed in rules:
+        for name in names:
+            given = getattr(args, name)
+            values = given if isinstance(given, list) else [] if given is None else [given]
+            wrong = [value for value in values if not (fits(value) and math.isfinite(value))]
+            problems += [f"--{name.replace('_', '-')} {value}; must be {allowed}" for value in wrong]
+    return problems
+
+
 def run(main: Callable[[], int | None], resume: str = "the same command goes on where it stopped") -> None:
     """Call ``main`` as a program: exit 0, 2 after a `UserError`, 130 after Ctrl-C, 1 on anything unforeseen.
 
@@ -75,10 +104,24 @@ def run(main: Callable[[], int | None], resume: str = "the same command goes on 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except OSError as fault:
-        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        if fault.errno not in FULL | MISPLACED:
             raise
-        where = f"; {fault.filename}" if fault.filename else ""
-        sys.stderr.write(f"error: cannot write: {fault.strerror}{where}; what was finished is kept; make room, then {resume}\n")
+        where = f"; {str(fault.filename)[:200]}" if fault.filename else ""
+        told, way_out = (
+            ("cannot write", "make room") if fault.errno in FULL else ("cannot use a file or folder", "mend its name or place")
+        )
+        sys.stderr.write(f"error: {told}: {fault.strerror}{where}; what was finished is kept; {way_out}, then {resume}\n")
         status = 2
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _interrupted(kind, value, trace) -> None:
+    """Ctrl-C while a script is still importing, before `run`, needs no traceback either."""
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("\nstopped before anything was done\n")
+    else:
+        sys.__excepthook__(kind, value, trace)
+
+
+sys.excepthook = _interrupted

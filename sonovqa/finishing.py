@@ -35,7 +35,7 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
         "backend": loaded.backend,
         "prompt_variant": args.prompts,
         "pixels": models.pixel_budget(loaded.processor),
-        "data": files.read_json(args.data / "dataset.json").get("fingerprint"),
+        "data": dataset.about(args.data)["fingerprint"],
         "check_items": plan.items[: merging.CHECK_ROWS],
         **records.commit(),
         "versions": records.versions(),
@@ -89,7 +89,8 @@ def no_step_is_left(args: argparse.Namespace, folder: Path) -> bool:
         console.print(f"{folder} is finished; nothing is left to do{hint}", soft_wrap=True)
     elif stage == "trained" and int(os.environ.get("RANK", 0)) == 0:
         console.print("the training was finished before: " + ("merging only" if args.merge else "only its record is written"))
-        merge_and_record(args, folder, files.read_json(folder / "plan.json"))
+        tracking = None if args.report_to == "none" else records.start_tracking(args.outputs, args.run, vars(args))
+        merge_and_record(args, folder, files.read_json(folder / "plan.json"), tracking)
     return stage in ("finished", "trained")
 
 

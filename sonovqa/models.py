@@ -12,6 +12,8 @@ from sonovqa import adapters, memory, torchvision_ops, weights
 from sonovqa.cli import UserError
 from sonovqa.weights import check_folder
 
+LEAST_PIXELS = 28 * 28  # one token of Qwen2-VL; of Qwen3-VL it is 32 x 32
+
 
 @dataclass(frozen=True)
 class Adapting:
@@ -78,6 +80,18 @@ def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, Non
     processor.tokenizer.padding_side = "right"
     set_pixels(processor, *pixels)
     return processor
+
+
+def wrong_pixels(fewest: int | None, most: int | None) -> list[str]:
+    """What is wrong with a pixel budget as it was typed, a line each, for `cli.check`."""
+    problems = [
+        f"--{name}-pixels {value}; at least {LEAST_PIXELS} (28 x 28, a token's worth) are needed"
+        for name, value in (("min", fewest), ("max", most))
+        if value is not None and value < LEAST_PIXELS
+    ]
+    if fewest is not None and most is not None and fewest > most:
+        problems.append(f"--min-pixels {fewest} with --max-pixels {most}; the fewest must not exceed the most")
+    return problems
 
 
 def set_pixels(processor, fewest: int | None, most: int | None) -> None:

@@ -78,10 +78,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once, before anything is loaded."""
-    low = [n for n in ("limit", "batch_images", "max_new_tokens") if getattr(args, n) is not None and getattr(args, n) < 1]
-    problems = [f"--{n.replace('_', '-')} must be at least 1; it is {getattr(args, n)}" for n in low]
-    problems += [f"--{n} must be 0 or more; it is {getattr(args, n)}" for n in ("resamples", "seed") if getattr(args, n) < 0]
-    problems += [f"--strengths must be above 0; one is {s:g}; leave it out, 0 is always asked" for s in args.strengths if s <= 0]
+    counts, not_negative = ("limit", "batch_images", "max_new_tokens"), ("resamples", "seed")
+    problems = cli.out_of_range(args, counts, not_negative, ("strengths",))  # strength 0 is always asked
     if args.out.suffix != ".json":
         problems.append(f"--out must end in .json; it is {args.out}; a table and a plot are written beside it")
     twice = {run for run in args.runs if sum(slug(run) == slug(other) for other in args.runs) > 1}
@@ -299,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
     from sonovqa import robustness_report
 
     args = parse(argv)
-    about = files.read_json(args.data / "dataset.json")
+    about = dataset.about(args.data)
     made, measured = curves(args, about)
     record = {
         "runs": {run: _trained(run) for run in args.runs},

@@ -193,8 +193,8 @@ def test_what_vllms_log_states_is_read(tmp_path):
     ("words", "told"),
     [
         ((), "nobody to answer"),
-        (("--model", "a", "--rows", "0"), "--rows must be at least 1"),
-        (("--model", "a", "--in-flight", "0", "4"), "--in-flight must be at least 1"),
+        (("--model", "a", "--rows", "0"), "--rows 0; must be 1 or more"),
+        (("--model", "a", "--in-flight", "0", "4"), "--in-flight 0; must be 1 or more"),
         (("--run", "tests"), "no run of train.py"),
         (("--model", "a", "b", "--endpoint", "http://x/v1"), "serves one model"),
         (("--model", "a", "--data", "/no/such/set"), "no data set there"),

@@ -173,7 +173,7 @@ def test_answers_cut_at_the_limit_are_said(run):
     [
         ([], "name either RUN_OR_MODEL or --endpoint"),
         (["m", "--endpoint", "http://h/v1"], "name either"),
-        (["m", "--batch-images", "0", "--resamples", "-1"], "--batch-images must be at least 1"),
+        (["m", "--batch-images", "0", "--resamples", "-1"], "--batch-images 0; must be 1 or more"),
         (["m", "--adapter"], "adapter/ folder"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_dry_run_writes_nothing(base, data, tmp_path, capsys):
     run(base, data, tmp_path, "dry", "--dry-run")
     said = capsys.readouterr().out
     assert "s a step" in said and "nothing was written" in said and "121 answers" in said
-    assert not (tmp_path / "dry" / "adapter").exists() and not (tmp_path / "dry" / "run.json").exists()
+    assert not list(tmp_path.rglob("*")), "not even a folder"
 
 
 def test_full_training_moves_every_weight_and_needs_16_bits(base, data, tmp_path):
@@ -155,3 +156,23 @@ def test_a_model_folder_with_pickled_weights_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="pickled weights"):
         models.locate(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--full --bits 4", "--full with --bits 4; quantised weights cannot be trained"),
+        ("--max-pixels 0", "--max-pixels 0; at least 784"),
+        ("--min-pixels 100000 --max-pixels 1000", "the fewest must not exceed the most"),
+        ("--lr nan --epochs inf", "--epochs inf; must be above 0.*--lr nan; must be above 0"),
+        ("--warmup -5 --workers -1 --seed -1", "--warmup -5; must be 0 or more.*--workers -1.*--seed -1"),
+        ("--weight-decay nan --dropout 1", "--weight-decay nan.*--dropout 1.0; must be below 1"),
+        ("--prompts poetry", "no question has a prompt named 'poetry'"),
+        ("--task Q2 --question-weights Q7=x", "QUESTION=FACTOR"),
+    ],
+)
+def test_numbers_that_cannot_be_are_said_before_anything_is_loaded(base, data, tmp_path, flags, told, capsys):
+    words = ["--data", str(data), "--model", str(base), "--outputs", str(tmp_path), "--bits", "16", *flags.split()]
+    with pytest.raises(UserError) as caught:
+        train.main(words)
+    assert re.search(told, " ".join(str(caught.value).split())) and not list(tmp_path.iterdir())

@@ -1,0 +1,189 @@
+"""A sweep over fake commands: what is finished is not repeated, what fails stops nothing else, what is stopped goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from sonovqa import experiments, experiments_blocks, files, records
+from sonovqa.cli import UserError
+from sonovqa.experiments import DONE, FAILED, SKIPPED
+
+BLOCK = """
+for RUN in a b; do
+  python train.py --data data/x --model tiny --run $RUN --seed ${SEED:-1} --no-mlp --report-to none
+  python evaluate.py outputs/$RUN --data data/x --adapter
+done
+python evaluate.py compare outputs/a outputs/b --out outputs/a-b.json
+"""
+#: A command that ends in order, which takes it half a second.
+CHILD = """
+import signal, sys, time
+def stop(*_):
+    open("stopped", "a").write("once ")
+    time.sleep(0.5)
+    sys.exit(130)
+signal.signal(signal.SIGINT, stop)
+open("ready", "w").close()
+time.sleep(60)
+"""
+
+
+class Fake:
+    """Stands in for the scripts: a training leaves run.json, a comparison its file; ``failing`` texts fail."""
+
+    def __init__(self, *failing: str):
+        self.failing, self.called = failing, []
+
+    def __call__(self, command, environment) -> int:
+        self.called.append(command.text)
+        if any(part in command.text for part in self.failing):
+            return 2
+        if command.run:
+            given = {"model": "tiny", "run": command.run.name, "seed": 1, "mlp": False, "data": "data/x"}
+            files.write_json(command.run / "run.json", {"arguments": given})
+        elif command.value("--out"):
+            files.write_json(Path(command.value("--out")), {})
+        return 0
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return experiments_blocks.unrolled(BLOCK)
+
+
+def statuses(outcomes) -> list[str]:
+    return [one.status for one in outcomes]
+
+
+def test_blocks_are_unrolled_by_bash(monkeypatch, commands):
+    assert [one.text.split()[1] for one in commands] == ["train.py", "evaluate.py", "train.py", "evaluate.py", "evaluate.py"]
+    assert commands[4].words == ("evaluate.py", "compare", "outputs/a", "outputs/b", "--out", "outputs/a-b.json")
+    monkeypatch.setenv("SEED", "7")
+    assert experiments_blocks.unrolled(BLOCK)[0].value("--seed") == "7"
+    assert experiments_blocks.unrolled("python x.py 'two words' \"\"")[0].words == ("x.py", "two words", "")
+
+
+@pytest.mark.parametrize("block", ["rm -rf x", "python train.py $UNSET_KNOB", "for x in; python", "exit 3"])
+def test_a_block_that_does_more_than_call_python_is_refused(block):
+    if block == "exit 3":
+        block = "echo why >&2; exit 3"
+    with pytest.raises(UserError, match="fails in bash"):
+        experiments_blocks.unrolled(block)
+
+
+def test_finished_commands_are_not_repeated(commands):
+    first, second = Fake(), Fake()
+    assert statuses(experiments.perform("x", commands, first)) == [DONE] * 5
+    assert statuses(experiments.perform("x", commands, second)) == [DONE] * 5 and len(first.called) == 5 and not second.called
+
+
+def test_a_run_trained_anew_is_evaluated_and_compared_anew(commands):
+    experiments.perform("x", commands, Fake())
+    Path("outputs/b/run.json").unlink()
+    again = Fake()
+    experiments.perform("x", commands, again)
+    assert again.called == [one.text for one in commands[2:]]
+
+
+def test_a_failed_command_stops_only_what_needs_it_and_is_tried_again(commands):
+    outcomes = experiments.perform("x", commands, Fake("--run a"))
+    assert statuses(outcomes) == [FAILED, SKIPPED, DONE, DONE, SKIPPED]
+    assert "exit status 2" in outcomes[0].why and "command 1" in outcomes[4].why
+    again = Fake()
+    assert statuses(experiments.perform("x", commands, again)) == [DONE] * 5 and len(again.called) == 3
+
+
+def test_a_comparison_needs_evaluations_and_not_only_runs(commands):
+    outcomes = experiments.perform("x", commands, Fake("evaluate.py outputs/b"))
+    assert statuses(outcomes) == [DONE, DONE, DONE, FAILED, SKIPPED]
+
+
+def test_a_run_of_other_arguments_is_never_taken_for_ones_own(commands, monkeypatch):
+    experiments.perform("x", commands, Fake())
+    monkeypatch.setenv("SEED", "2")
+    outcome = experiments.perform("x", experiments_blocks.unrolled(BLOCK), Fake())[0]
+    assert outcome.status == FAILED and "--seed was 1, not 2" in outcome.why
+    made = files.read_json(Path("outputs/a/run.json"))
+    files.write_json(Path("outputs/a/run.json"), {"arguments": made["arguments"] | {"mlp": True}})
+    assert "--no-mlp was not given" in experiments.perform("x", commands, Fake())[0].why
+
+
+def test_an_unfinished_run_is_resumed(commands):
+    files.write_json(Path("outputs/a/plan.json"), {})
+    fake = Fake()
+    experiments.perform("x", commands, fake)
+    assert fake.called[0].endswith("--resume") and not fake.called[2].endswith("--resume")
+
+
+def test_ctrl_c_ends_the_sweep_after_its_command_and_the_same_call_goes_on(commands):
+    def stopped(command, environment):
+        return 130 if command is commands[2] else Fake()(command, environment)
+
+    with pytest.raises(KeyboardInterrupt):
+        experiments.perform("x", commands, stopped)
+    rest = Fake()
+    assert statuses(experiments.perform("x", commands, rest)) == [DONE] * 5
+    assert rest.called == [one.text for one in commands[2:]]
+
+
+def test_ctrl_c_reaches_a_command_once_and_its_end_is_awaited(tmp_path):
+    (tmp_path / "child.py").write_text(CHILD)
+    code = "from sonovqa import experiments as e; from sonovqa.experiments_blocks import Command\n"
+    code += "print('status', e.in_process_of_its_own(Command(('child.py',)), {}), flush=True)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    end = time.monotonic() + 30
+    while not (tmp_path / "ready").exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does it
+    assert parent.communicate(timeout=30)[0].strip() == "status 130"
+    assert (tmp_path / "stopped").read_text() == "once "
+
+
+def test_names_are_checked_and_listed(capsys):
+    assert experiments.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"{name}:" in listed for name in (*"012345678", "data", "1-real", "3-gpu", "4-gpu"))
+    with pytest.raises(UserError, match="no such experiment; 99"):
+        experiments.main(["99"])
+    with pytest.raises(UserError, match="no experiment named"):
+        experiments.main([])
+    assert experiments.main(["3", "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("python train.py") == 15
+
+
+def test_mlflow_runs_stand_below_their_experiment_and_a_resumed_one_goes_on(tmp_path, monkeypatch):
+    from mlflow import MlflowClient
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    parent = records.open_parent(tmp_path, "experiment 3")
+    monkeypatch.setenv("MLFLOW_PARENT_RUN_ID", parent)
+    first = records.start_tracking(tmp_path, "a", {"seed": 1, "resume": False})
+    first.metrics({"loss": 2.0}, 1)
+    resumed = records.start_tracking(tmp_path, "a", {"seed": 1, "resume": True})  # the first was killed
+    resumed.metrics({"loss": 1.0}, 2)
+    files.write_json(tmp_path / "a" / "run.json", {})
+    resumed.finish(tmp_path / "a" / "run.json")
+    files.write_json(tmp_path / "a" / "eval-test" / "scores.json", {})
+    records.attach(tmp_path / "a", [tmp_path / "a" / "eval-test" / "scores.json"], {"Q7 accuracy": 0.5})
+    records.close_parent(tmp_path, parent, "FINISHED")
+    client = MlflowClient(records.tracking_uri(tmp_path))
+    runs = client.search_runs([client.get_experiment_by_name(records.EXPERIMENT).experiment_id])
+    assert len(runs) == 2 and resumed.run_id == first.run_id
+    run = client.get_run(first.run_id)
+    assert run.data.tags[records.PARENT] == parent == records.open_parent(tmp_path, "experiment 3", parent)
+    assert [point.value for point in client.get_metric_history(first.run_id, "loss")] == [2.0, 1.0]
+    assert run.data.metrics["Q7 accuracy"] == 0.5 and run.info.status == "FINISHED"
+    assert {item.path for item in client.list_artifacts(first.run_id)} == {"run.json", "eval-test"}
+    assert records.start_tracking(tmp_path, "b", {"resume": True}).run_id != first.run_id

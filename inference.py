@@ -51,7 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     what = parser.add_argument_group("what is asked")
     what.add_argument("--image", metavar="FILE", help="an image file; with --data an image_id (unset: the first)")
     what.add_argument("--data", type=Path, metavar="DIR", help="take the image from a prepared set's test split")
-    what.add_argument("--context", help='a line that belongs to the image, such as "Pixel size: 0.0897 mm"')
+    what.add_argument("--context", help='line that belongs to the image: "Pixel size: 0.0897 mm" (unset: the set\'s)')
     what.add_argument("--question", help="ask this once and leave: Q1 … Q8, all, report, or any text")
     what.add_argument("--prompts", metavar="NAME", help="prompt variant, or one a question: Q7=simple,Q2=short (unset: its own)")
     what.add_argument("--max-new-tokens", type=int, default=128, help="an answer's limit in tokens; a report has eight times it")
@@ -67,22 +67,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once, before anything is loaded."""
-    problems = []
-    if bool(args.run) == bool(args.endpoint):
-        problems.append("nobody, or two, to answer; name either --run RUN_OR_MODEL or --endpoint URL")
-    if args.model and not args.endpoint:
-        problems.append(f"--model is a name at an endpoint; {args.model!r}; name a local model with --run {args.model}")
-    if args.json and not args.question:
-        problems.append("--json; there is no question; one with --question")
-    if args.question and not (args.image or args.data):
-        problems.append("--question; there is no image; one with --image FILE or --data DIR")
-    if bool(args.folder) != bool(args.out):
-        problems.append("--folder and --out; only one of them; name both: --folder DIR --out FILE.xlsx")
-    if args.folder and (args.image or args.data or args.question):
-        problems.append("--folder; with --image, --data or --question; it asks all questions about all images; leave them out")
-    if args.max_new_tokens < 1:
-        problems.append(f"--max-new-tokens; {args.max_new_tokens}; 1 or more is allowed; leave it out for 128")
-    cli.check(problems)
+    asked, run = args.question is not None, args.run
+    has_adapter = run and any((Path(run) / at / "adapter_config.json").exists() for at in ("adapter", "../adapter"))
+    found = {
+        "nobody, or two, to answer; name either --run RUN_OR_MODEL or --endpoint URL": bool(run) == bool(args.endpoint),
+        f"--model is a name at an endpoint; {args.model!r}; name a local one with --run": args.model and not args.endpoint,
+        f"--adapter; {run or 'an endpoint'} has none; only a run's folder has; leave it out": args.adapter and not has_adapter,
+        f"--bits {args.bits}; an endpoint has its own; only with --run; leave it out": args.bits != 16 and args.endpoint,
+        "--json; there is no question; one with --question": args.json and not asked,
+        "--question; there is no image; one with --image FILE or --data DIR": asked and not (args.image or args.data),
+        conversation.problem_of_question(args.question or ""): asked,
+        "--folder and --out; only one of them; name both: --folder DIR --out FILE.xlsx": bool(args.folder) != bool(args.out),
+        "--folder asks Q1 … Q8; leave out --image, --data and --question": args.folder and (args.image or args.data or asked),
+        f"--max-new-tokens; {args.max_new_tokens}; 1 or more is allowed; leave it out for 128": args.max_new_tokens < 1,
+    }
+    cli.check([problem for problem, holds in found.items() if problem and holds])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,8 +106,10 @@ def main(argv: list[str] | None = None) -> None:
 def fill_sheet(args: argparse.Namespace) -> None:
     from sonovqa import folder_sheet
 
-    folder_sheet.find_images(args.folder)  # a wrong path is told before a model is loaded
-    told = folder_sheet.fill(args.folder, args.out, answerer(args).engine(), args.prompts, args.max_new_tokens, args.context)
+    options = args.prompts, args.max_new_tokens, args.context
+    folder_sheet.find_images(args.folder)  # a wrong path or sheet is told before a model is loaded
+    folder_sheet.check_out(args.out, folder_sheet.settings_of(args.run, *options))
+    told = folder_sheet.fill(args.folder, args.out, answerer(args).engine(), *options)
     console.print("{images} images: {answered} answered, {failed} failed (why: column Status)".format(**told))
     console.print(f"{args.out}\n{RESEARCH_NOTICE}", markup=False, soft_wrap=True)
 
@@ -116,7 +117,7 @@ def fill_sheet(args: argparse.Namespace) -> None:
 def first_picture(args: argparse.Namespace) -> Picture | None:
     """The image of the command line, checked before a model is loaded."""
     if args.data:
-        return conversation.picture_of_set(args.data, args.image)
+        return conversation.picture_of_set(args.data, args.image, context=args.context)
     return conversation.read_picture(Path(args.image), args.context) if args.image else None
 
 
@@ -133,8 +134,7 @@ def answer_once(talk: Conversation, question: str, as_json: bool) -> None:
     Raises:
         UserError: if the engine could not answer. Nothing that looks like an answer is printed then.
     """
-    known = conversation.question_id_of(question)
-    ids = list(QUESTIONS) if question.strip().lower() == "all" else [known]
+    ids = list(QUESTIONS) if question.strip().lower() == "all" else [conversation.question_id_of(question)]
     answers = []
     for question_id in ids:
         try:

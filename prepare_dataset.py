@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     with dataset.claimed(args.out) as journal:
         loaded = load(args)
         rows = check_rows(args, loaded, journal)
-        split_rows(rows, args.ratios, args.seed, args.near_duplicates)
+        split_rows(rows, args.ratios, args.seed, args.near_duplicates, loaded.drops)
         about = summary(rows, loaded.about, arguments(args), loaded.drops, loaded.notes)
         with progress("writing", len(rows)) as advance:
             dataset.store(args.out, rows, about, advance)

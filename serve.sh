@@ -14,7 +14,15 @@ set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$here/.venv/bin/python}
-[[ -x $python ]] || python=$(command -v python3) || { echo "error: no Python found; run make install" >&2; exit 2; }
+[[ -n ${PYTHON:-} || -x $python ]] || python=python3
+command -v -- "$python" >/dev/null || {
+  echo "error: no such Python; $python; a program or its path is allowed; run make install, or set PYTHON" >&2
+  exit 2
+}
+"$python" -c "import rich" 2>/dev/null || {
+  echo "error: $python lacks the project's packages; run make install, or set PYTHON to a Python that has them" >&2
+  exit 2
+}
 
 # exec: the signals that stop a server reach the process that stops vLLM.
 export PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH}

@@ -48,10 +48,33 @@ def settings_of(args: argparse.Namespace, about: dict) -> dict:
 
 
 def identity(args: argparse.Namespace) -> str | None:
-    """Tells a run trained anew under the same name: a hash over the weight files' names, sizes and times."""
-    folder = Path(model_of(args)[1] or model_of(args)[0])
+    """Tells other weights under the same name: a hash over the weight files' names, sizes and times, or the hub's commit.
+
+    ``None`` for a hub model of which neither the hub nor its cache can tell anything; loading it will say why.
+
+    Raises:
+        UserError: if the run has no merged weights, or there is no such tiny model.
+    """
+    name, adapter = model_of(args)
+    if adapter is None and (name == "tiny" or name.startswith("tiny-")):
+        from sonovqa import models
+
+        name = models.locate(name)
+    folder = adapter or Path(name)
+    if not folder.is_dir():
+        return _commit(name)
     found = sorted(folder.glob("*.safetensors"))
     return files.sha256(*(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in found))[:16] if found else None
+
+
+def _commit(name: str) -> str | None:
+    """The commit of a hub model that loading it would take, as its config.json in the hub's cache lies in; asks the hub."""
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json")).parent.name
+    except (errors.HFValidationError, OSError):  # the hub's own errors are OSErrors
+        return None
 
 
 def base_folder(args: argparse.Namespace, run: dict | None, about: dict) -> Path | None:

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     """
     check(args)
     kept = ("steps", "warmup", "prepared", "micro", "bits", "rank", "checkpointing", "workers", "seed")
-    about = files.read_json(args.data / "dataset.json")
+    about = dataset.about(args.data)
     split, n = bench_steps.like_rows(args.data)
     if args.end_to_end and len(split) < dataset.load_undecoded(args.data)["train"].num_rows:
         raise UserError(
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         )
     for pairs in args.pairs:
         bench_steps.images_of(pairs, n)
-    sizes = {"data": args.data.name, "fingerprint": about.get("fingerprint"), "images": len(split), "questions_an_image": n}
+    sizes = {"data": args.data.name, "fingerprint": about["fingerprint"], "images": len(split), "questions_an_image": n}
     bench_records.start(args.record, "train", {name: getattr(args, name) for name in kept}, sizes)
     for model in args.model:
         if args.end_to_end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,11 +147,12 @@ def read_picture(path: Path, context: str | None = None) -> Picture:
     return Picture(str(path), path.read_bytes(), context)
 
 
-def picture_of_set(folder: Path, image_id: str | None = None, split: str = "test") -> Picture:
+def picture_of_set(folder: Path, image_id: str | None = None, split: str = "test", context: str | None = None) -> Picture:
     """An image of a prepared set, with its context.
 
     Args:
         image_id: ``<folder>/<file>``; ``None`` takes the split's first image.
+        context: a line in place of the set's own; "" for none at all, ``None`` for the set's.
 
     Raises:
         UserError: if ``folder`` is no prepared set or its split holds no such image.
@@ -165,7 +167,8 @@ def picture_of_set(folder: Path, image_id: str | None = None, split: str = "test
         held = ", ".join(ids[:3])
         raise UserError(f"no image {image_id!r} in the {split} split of {folder}; it holds {held} …; leave it out for the first")
     row = 0 if image_id is None else ids.index(image_id)
-    context = rows[row].get("context") if "context" in rows.column_names else None
+    if context is None and "context" in rows.column_names:
+        context = rows["context"][row]
     return Picture(ids[row], asking.image_bytes(rows, row), context)
 
 
@@ -194,6 +197,19 @@ def prompts_line(line: str | None, run: str | None, question: str | None = None)
         allowed = ", ".join(sorted({name for q in asked for name in prompt_variants.PROMPTS[q]}))
         raise UserError(f"--prompts {line}; {', '.join(asked)} has no such prompt; {allowed} are allowed; mend --prompts")
     return line
+
+
+def problem_of_question(text: str) -> str:
+    """Why ``--question`` cannot be asked with ``text``, or "": nothing in it, or a number that no question has.
+
+    ``Q9`` would else be put to the model as free text, and whatever it says to that be taken for the answer to a question.
+    """
+    allowed = f"{', '.join(QUESTIONS)}, all, {REPORT_ID} or any text"
+    if not text.strip():
+        return f"--question; it is empty; {allowed}; leave it out for a conversation"
+    if re.fullmatch(r"[Qq]\s*\d+", text.strip()) and question_id_of(text) is None:
+        return f"--question; there is no question {text!r}; {allowed}; mend --question"
+    return ""
 
 
 def question_id_of(text: str, allow_number: bool = False) -> str | None:

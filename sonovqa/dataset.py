@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sonovqa.cli import UserError
-from sonovqa.files import replacing_folder, write_json
+from sonovqa.files import read_json, replacing_folder, write_json
 from sonovqa.rows import Row, fingerprint
 from sonovqa.splits import SPLITS, subset_order
 
@@ -99,19 +99,16 @@ def claimed(out: Path) -> Iterator[Path]:
     """
     check_output(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    lock = out.with_name(f".{out.name}.lock")
-    with open(lock, "w") as stream:
+    # The lock file stays: unlinked, a run that has it open would hold the old file while a third one locks a new one.
+    with open(out.with_name(f".{out.name}.lock"), "w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"another run is making this data set; {out}; one run at a time; wait, or choose another --out"
             ) from None
-        try:
-            _clear_away(out)
-            yield out.with_name(f".{out.name}.checked.jsonl")
-        finally:
-            lock.unlink(missing_ok=True)
+        _clear_away(out)
+        yield out.with_name(f".{out.name}.checked.jsonl")
 
 
 def _clear_away(out: Path) -> None:
@@ -138,6 +135,24 @@ def check_output(out: Path) -> None:
         )
 
 
+def about(path: Path) -> dict:
+    """The content of ``dataset.json`` in the data set's folder ``path``; its ``fingerprint`` is there and is a text.
+
+    Raises:
+        UserError: there is no data set at ``path``, or its ``dataset.json`` is damaged.
+    """
+    file = path / "dataset.json"
+    if not file.is_file():
+        raise _absent(path)
+    try:
+        told = read_json(file)
+    except ValueError as fault:  # UnicodeDecodeError and json.JSONDecodeError are both
+        raise _damaged(file, f"no JSON: {fault}") from None
+    if not isinstance(told, dict) or not isinstance(told.get("fingerprint"), str):
+        raise _damaged(file, "it lacks the fingerprint")
+    return told
+
+
 def load(path: Path):
     """Open a stored data set as a `DatasetDict`, with images left as bytes until they are used.
 
@@ -147,14 +162,20 @@ def load(path: Path):
     import datasets
 
     if not (path / "dataset_dict.json").is_file():
-        raise UserError(
-            f"no data set there; {path}; a folder made by prepare_dataset.py; run `prepare_dataset.py … --out {path}`"
-        )
+        raise _absent(path)
     try:
         return datasets.load_from_disk(str(path))
     except (OSError, ValueError, KeyError) as fault:
         what = " ".join(str(fault).split())[:120]
-        raise UserError(f"the data set cannot be read; {path}: {what}; make it anew with prepare_dataset.py") from None
+        raise _damaged(path, what) from None
+
+
+def _absent(path: Path) -> UserError:
+    return UserError(f"no data set there; {path}; a folder made by prepare_dataset.py; run `prepare_dataset.py … --out {path}`")
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"the data set cannot be read; {path}: {what}; make it anew with prepare_dataset.py")
 
 
 def load_undecoded(path: Path):

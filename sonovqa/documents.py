@@ -21,7 +21,7 @@ from sonovqa.documents_forms import TEMPLATES, Draw, Form, json_number
 from sonovqa.documents_pages import MARGIN, SIZES, Prose, Sheet, Style, draw, draw_style, wrapped
 from sonovqa.files import replacing, sha256
 from sonovqa.sheets import Drops
-from sonovqa.sources import Loaded, Record, need_records, question
+from sonovqa.sources import Loaded, Record, claim_folder, need_records, question
 from sonovqa.splits import subset_order
 
 COLUMNS = ("description", "medical_specialty", "sample_name", "transcription", "keywords")
@@ -44,7 +44,7 @@ def documents(root: Path | None, out: Path, forms: int, transcriptions: int, see
         seed: of forms, their looks and the draw; form ``n`` is the same whatever their number.
 
     Raises:
-        UserError: no page is asked for, or the CSV file is missing, unreadable or without its columns.
+        UserError: no page is asked for, ``out`` is somebody else's folder, or the CSV file cannot be read or lacks columns.
     """
     if forms < 0 or transcriptions < 1 or (not forms and root is None):
         raise UserError(
@@ -52,6 +52,7 @@ def documents(root: Path | None, out: Path, forms: int, transcriptions: int, see
         )
     drops: Drops = {}
     samples = _chosen(read_transcriptions(root, drops), transcriptions, seed, drops) if root is not None else []
+    claim_folder(out, "documents.json", {"kind": "documents"})
     records = [_form(out, number, seed) for number in _told(range(forms), "drawing forms")]
     for sample in _told(samples, "rendering transcriptions"):
         records += _rendered(out, sample, seed, drops)

@@ -27,7 +27,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sonovqa import cli, experiments_blocks, experiments_records, files, records, resuming
+from sonovqa import cli, dataset, experiments_blocks, experiments_records, files, records, resuming
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
 

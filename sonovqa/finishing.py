@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sonovqa import cli, files, merging, models, records, resuming
+from sonovqa import cli, dataset, files, merging, models, records, resuming
 from sonovqa.cli import console
 from sonovqa.planning import Plan
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.progress import Progress
@@ -20,8 +20,10 @@ from sonovqa.engines import Engine, ImageRequest
 from sonovqa.questions import QUESTIONS
 
 HEADER = ("Folder Name", "Image Name", "Status", *(f"{q.id}: {q.title}" for q in QUESTIONS.values()))
+NOT_UTF8 = "the name of the file or its folder is not UTF-8: rename it"
 LONGEST_CELL = 32_767  # characters; Excel's limit
-_NOT_IN_XML = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+#: What no XML document may hold, lone surrogates among it. Source: XML 1.0, section 2.2, production Char.
+_NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,24 @@ class Found:
     def image_id(self) -> str:
         return f"{self.folder}/{self.path.name}"
 
+    @property
+    def is_unnameable(self) -> bool:
+        """Whether the name is no UTF-8: the sheet could not name the file, and nobody find it by its row (PEP 383)."""
+        return any("\ud800" <= character <= "\udfff" for character in self.image_id)
+
 
 def find_images(folder: Path) -> list[Found]:
     """All image files below ``folder`` by their suffix, in order of name; symbolic links to folders are not followed.
+
+    A file's folder is its path below ``folder``; files directly in it take its own name. Where a folder inside has that name
+    too, all are named from one level up (``scan`` and ``scan/scan``), so that no two files ever share an image id.
 
     Raises:
         UserError: if ``folder`` is not there or holds no image file.
     """
     if not folder.is_dir():
         raise UserError(f"--folder; no such folder; {folder}; a folder with images; check the path")
-    found = []
+    own, found = folder.resolve().name, []
     for here, folders, names in os.walk(folder):
         folders.sort()
         inside = Path(here).relative_to(folder).as_posix()
@@ -54,9 +64,12 @@ def find_images(folder: Path) -> list[Found]:
             if path.suffix.lower() in images.SUFFIXES and not name.startswith("."):
                 status = path.lstat()
                 stamp = (status.st_size, status.st_mtime_ns)
-                found.append(Found(path, folder.resolve().name if inside == "." else inside, stamp))
+                found.append(Found(path, own if inside == "." else inside, stamp))
     if not found:
         raise UserError(f"--folder; no image in it; {folder}; files ending in {', '.join(images.SUFFIXES)}; check the path")
+    directly = any(image.path.parent == folder for image in found)
+    if directly and any(image.folder == own for image in found if image.path.parent != folder):
+        found = [image if image.path.parent == folder else replace(image, folder=f"{own}/{image.folder}") for image in found]
     return found
 
 
@@ -77,9 +90,8 @@ def fill(
         UserError: if ``out`` cannot be written to without losing something.
     """
     found, problems = find_images(folder), {}
-    settings = {"engine": engine.name, "prompt": variant, "max_new_tokens": max_new_tokens, "context": context}
-    journal = out.with_name(out.name + ".answers.jsonl")
-    rows = check_out(out, journal, settings)
+    settings = settings_of(engine.name, variant, max_new_tokens, context)
+    rows, journal = check_out(out, settings), journal_of(out)
     stamps = {image.image_id: list(image.stamp) for image in found}
     kept = predictions.latest(row for row in rows if "image_id" in row and stamps.get(row["image_id"]) == row["file"])
     asked = 0
@@ -101,19 +113,37 @@ def fill(
     return {"images": len(found), "answered": answered, "failed": len(found) - answered, "asked": asked}
 
 
-def check_out(out: Path, journal: Path, settings: dict) -> list[dict]:
+def settings_of(name: str | None, variant: str, max_new_tokens: int, context: str | None) -> dict:
+    """What changes an answer; without the engine's ``name`` where that is not known yet (``None``)."""
+    engine = {"engine": name} if name is not None else {}
+    return engine | {"prompt": variant, "max_new_tokens": max_new_tokens, "context": context}
+
+
+def journal_of(out: Path) -> Path:
+    """The file beside the workbook ``out`` that keeps its answers."""
+    return out.with_name(out.name + ".answers.jsonl")
+
+
+def check_out(out: Path, settings: dict) -> list[dict]:
     """The journal's rows, if going on with them loses nothing.
 
+    Args:
+        settings: of `settings_of`; what they leave out is not compared.
+
     Raises:
-        UserError: if ``out`` is no ``.xlsx``, was not written by this, was changed since, or was made with other settings.
+        UserError: if ``out`` is no ``.xlsx``, has no folder to lie in, was not written by this, was changed since, or was
+            made with other settings.
     """
     if out.suffix.lower() != ".xlsx":
-        raise UserError(f"--out; {out}; a name ending in .xlsx; such as --out {out.with_suffix('.xlsx')}")
-    rows = predictions.read(journal)
-    before = next((row["settings"] for row in rows if "settings" in row), None)
-    if before not in (None, settings):
-        changed = ", ".join(f"{k} was {before.get(k)!r}" for k in settings if before.get(k) != settings[k])
-        raise UserError(f"{out} holds answers made otherwise: {changed}; take another --out, or delete {journal}")
+        raise UserError(f"--out; {out}; a name ending in .xlsx; such as --out answers.xlsx")
+    home = next(folder for folder in out.absolute().parents if folder.exists())
+    if out.is_dir() or not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        what = f"{out} is a folder" if out.is_dir() else f"nothing can be written below {home}"
+        raise UserError(f"--out; {what}; a file in a folder of yours; take another --out")
+    rows = predictions.read(journal_of(out))
+    before = next((row["settings"] for row in rows if "settings" in row), settings)
+    if changed := ", ".join(f"{k} was {before.get(k)!r}" for k in settings if before.get(k) != settings[k]):
+        raise UserError(f"{out} holds answers made otherwise: {changed}; take another --out, or delete {journal_of(out)}")
     wrote = [row["wrote"] for row in rows if "wrote" in row]
     if out.exists() and (not wrote or files.sha256(out.read_bytes()) != wrote[-1]):
         raise UserError(f"{out} was edited or was not made here, and would be overwritten; take another --out, or move it away")
@@ -128,9 +158,8 @@ def requests(
         open_ = [q for q in QUESTIONS.values() if (image.image_id, q.id) not in done]
         if not open_:
             continue
-        checked = images.check_image(image.path)
-        if checked.problem:
-            problems[image.image_id] = checked.problem
+        if problem := NOT_UTF8 if image.is_unnameable else images.check_image(image.path).problem:
+            problems[image.image_id] = problem
             continue
         prompts = tuple((q.id, chat.prompt_for(q.id, "", variant)) for q in open_)
         yield ImageRequest(image.image_id, image.path.read_bytes(), context, prompts)

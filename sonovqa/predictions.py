@@ -59,7 +59,14 @@ def latest(rows: Iterable[dict]) -> dict[Key, dict]:
 
 def write(path: Path, rows: Iterable[dict]) -> None:
     """Write a whole predictions file at once (`files.write_text`)."""
-    files.write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    files.write_text(path, b"".join(map(_line, rows)).decode())
+
+
+def _line(row: dict) -> bytes:
+    """A row as it is stored. A lone surrogate, as a file name or an endpoint's reply may hold, has no UTF-8 form and is
+    written as JSON's own escape, which reads back as it was (RFC 8259, section 8.2).
+    """
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
 
 
 class Log:
@@ -92,7 +99,7 @@ class Log:
 
     def append(self, row: dict) -> None:
         """Write one row and flush it to the operating system."""
-        self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._stream.write(_line(row))
         self._stream.flush()
 
     def __enter__(self) -> Self:

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sonovqa import files
+from sonovqa import dataset, files
 from sonovqa.cli import UserError
 
 WHOLE = "checkpoint_is_whole.json"  # written last into a checkpoint: its files and their sizes
@@ -33,7 +33,7 @@ def settings(args: argparse.Namespace) -> dict:
     Take them from the command line as it was typed, before unset arguments are filled in from the data.
     """
     kept = {name: value for name, value in vars(args).items() if name not in FREE}
-    fingerprint = files.read_json(args.data / "dataset.json").get("fingerprint")
+    fingerprint = dataset.about(args.data)["fingerprint"]
     return json.loads(json.dumps(kept, default=str)) | {"data": fingerprint, "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}
 
 

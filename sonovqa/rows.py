@@ -12,7 +12,8 @@ from sonovqa import __version__, answers, duplicates
 from sonovqa.files import sha256
 from sonovqa.images import Checked
 from sonovqa.questions import QUESTIONS
-from sonovqa.sources import Record
+from sonovqa.sheets import Drops
+from sonovqa.sources import Record, left_out
 from sonovqa.splits import SPLITS, assign
 
 
@@ -59,7 +60,7 @@ def make_row(record: Record, checked: Checked, raw: bool) -> Row:
     return Row(record, checked, stored)
 
 
-def split_rows(rows: list[Row], ratios: Sequence[float], seed: int, distance: int) -> None:
+def split_rows(rows: list[Row], ratios: Sequence[float], seed: int, distance: int, drops: Drops) -> None:
     """Set ``group``, ``cluster`` and ``split`` of every row.
 
     A group is the patient; without one, the cluster of near-duplicates (perceptual hashes at most ``distance`` bits apart),
@@ -67,7 +68,7 @@ def split_rows(rows: list[Row], ratios: Sequence[float], seed: int, distance: in
     from their training groups.
 
     Raises:
-        UserError: there are fewer groups than splits.
+        UserError: there are fewer groups than splits; it names ``drops``, which are often why.
     """
     rows.sort(key=lambda row: (row.record.image_id, row.record.split))
     numbers = duplicates.clusters([row.checked.phash for row in rows], distance)
@@ -83,7 +84,8 @@ def split_rows(rows: list[Row], ratios: Sequence[float], seed: int, distance: in
     shares = ratios[:2] if given else ratios
     for row in given:
         row.split = SPLITS.index("test")
-    for row, split in zip(drawn, assign([r.group for r in drawn], [r.stratum for r in drawn], shares, seed), strict=True):
+    found = assign([r.group for r in drawn], [r.stratum for r in drawn], shares, seed, left_out(drops))
+    for row, split in zip(drawn, found, strict=True):
         row.split = split
 
 

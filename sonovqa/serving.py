@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import signal
 import socket
@@ -28,7 +29,16 @@ from sonovqa import chat, cli, serving_plan
 from sonovqa.cli import UserError, console
 from sonovqa.serving_plan import Plan
 
-STOP_GRACE = 30.0  # seconds vLLM gets to end its requests and its processes
+STOP_GRACE = 30  # seconds vLLM gets to end its requests and its processes
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, `kill`, a terminal or connection that closed
+#: Ends the server of a process that could not: the kernel closes its input however that process died (kill -9, out of memory).
+#: A dead process that nobody has waited for, as in containers without an init, has an id but no open files.
+KEEPER = """
+read -r _
+kill -s TERM "$1"
+while [ "$2" -gt 0 ] && [ -L "/proc/$1/fd/0" ]; do sleep 1; set -- "$1" $(($2 - 1)); done
+kill -s KILL -- "-$1"
+"""
 
 
 def parse(argv: list[str]):
@@ -51,6 +61,8 @@ def parse(argv: list[str]):
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
+    if not (math.isfinite(args.wait) and args.wait > 0):
+        raise UserError(f"--wait; {args.wait}; seconds above 0 are allowed; leave it out for 1800")
     plan = serving_plan.make_plan(args.run, args.lora, args.host, args.port, args.device, args.max_model_len, args.extra)
     if args.dry_run:
         print(plan.shown())
@@ -63,7 +75,7 @@ def serve(plan: Plan, wait: float, then: str | None = None) -> int:
 
     Args:
         wait: most seconds until it must be healthy.
-        then: a shell command; ``None``: print how to ask the server and go on until SIGINT or SIGTERM.
+        then: a shell command; ``None``: print how to ask the server and go on until one of `SIGNALS`.
 
     Returns:
         The exit status of ``then``. A signal ends the program with status 0.
@@ -81,14 +93,14 @@ def serve(plan: Plan, wait: float, then: str | None = None) -> int:
 
 
 class Server:
-    """A vLLM server as a context manager: started on entry, stopped with all its processes on exit.
+    """A vLLM server as a context manager: started on entry, stopped with all its processes on exit or if this process dies.
 
     Raises:
         UserError: on entry, if the port or the host cannot be had.
     """
 
     def __init__(self, plan: Plan):
-        self.plan, self.process = plan, None
+        self.plan, self.process, self.keeper = plan, None, None
 
     def __enter__(self) -> Server:
         check_port(self.plan.host, self.plan.port)
@@ -99,6 +111,10 @@ class Server:
                 self.plan.command, env=os.environ | self.plan.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+        self.keeper = subprocess.Popen(
+            ["/bin/sh", "-c", KEEPER, "keeper", str(self.process.pid), str(STOP_GRACE)], stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
         return self
 
     def __exit__(self, *fault) -> None:
@@ -109,6 +125,9 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.keeper.kill()
+        self.keeper.wait()
+        self.keeper.stdin.close()
 
     def wait_until_healthy(self, seconds: float) -> float:
         """Wait for ``/health``, showing how long and what vLLM says. Returns the seconds it took.
@@ -132,8 +151,6 @@ class Server:
 
 def check_port(host: str, port: int) -> None:
     """Raise `UserError` if ``host:port`` cannot be listened on."""
-    if not 1 <= port <= 65535:
-        raise UserError(f"--port; {port}; 1 to 65535 is allowed; leave it out for 8000")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -173,16 +190,18 @@ def last_words(log: Path) -> str:
 
 @contextlib.contextmanager
 def stopping_on_signals():
-    """Turn SIGINT and SIGTERM into an ordinary end with status 0: whoever starts a server stops it so."""
+    """Turn `SIGNALS` into an ordinary end with status 0: whoever starts a server stops it so."""
 
     def stop(number, frame):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C would leave vLLM behind
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        console.print("stopping vLLM")
+        for each in SIGNALS:  # an impatient second Ctrl-C would leave vLLM behind
+            signal.signal(each, signal.SIG_IGN)
+        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal to write to
+            console.print("stopping vLLM")
         sys.exit(0)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup ./serve.sh` goes on
+            signal.signal(number, stop)
     yield
 
 

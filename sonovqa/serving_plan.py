@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import files
+from sonovqa import cli, files
 from sonovqa.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,9 +115,11 @@ def make_plan(run: Path, lora: bool = False, host: str = "127.0.0.1", port: int 
         extra: further flags for vLLM, which win over those chosen here.
 
     Raises:
-        UserError: for weights that cannot be served, a host beyond loopback without a key, or flags that are not theirs to give.
+        UserError: for weights that cannot be served, a host beyond loopback without a key, a port or length that cannot be, or
+            flags that are not theirs to give.
     """
     check_host(host)
+    check_numbers(port, max_model_len)
     check_extra(extra)
     weights = find_weights(run, lora)
     device = installed_device() if device == "auto" else device
@@ -208,8 +210,21 @@ def check_host(host: str) -> None:
         raise UserError(f"a host beyond loopback needs a key; --host {host}; export VLLM_API_KEY=$(openssl rand -hex 32)")
 
 
+def check_numbers(port: int, max_model_len: int | None) -> None:
+    """Raise `UserError` for a port or a context length (tokens, ``None``: chosen here) that no server could have."""
+    problems = []
+    if not 1 <= port <= 65535:
+        problems.append(f"--port; {port}; 1 to 65535 is allowed; leave it out for 8000")
+    if max_model_len is not None and max_model_len < 1:
+        problems.append(f"--max-model-len; {max_model_len}; 1 token or more is allowed; leave it out for one image and its text")
+    cli.check(problems)
+
+
 def check_extra(extra: tuple[str, ...]) -> None:
-    """Raise `UserError` for passed-through flags that serve.sh sets itself, abbreviations included."""
+    """Raise `UserError` for what is no flag of vLLM, and for flags that serve.sh sets itself, abbreviations included."""
+    if extra and not extra[0].startswith("-"):
+        raise UserError(f"after --; {extra[0]}; flags of `vllm serve` are allowed, the run stands before the --; "
+                        "write -- --flag value, see ./serve.sh --help")  # fmt: skip
     for word in extra:
         flag = word.split("=")[0].replace("_", "-")
         if flag == "--api-key":

@@ -6,10 +6,12 @@ workbook a category, ``<Category>_image_list.xlsx``, with an image column and Q1
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import difflib
 import io
+import itertools
 import re
 import warnings
 import zipfile
@@ -31,6 +33,7 @@ FINISHED = ("complete", "completed")
 HEADER_ROWS = 20  # a title or a note may stand above the header
 LARGEST_WORKBOOK = 1 << 30  # bytes, unpacked: 15,446 rows of eight answers are about 20 MB
 LARGEST_CELL = 1 << 20  # characters; Excel's own limit is 32,767
+PATIENT_CELL = "patient cell: "  # begins the reasons why a patient is not known
 
 Drops = dict[str, list[str]]
 
@@ -75,7 +78,7 @@ def read_sheet(path: Path, drops: Drops, group_column: str | None = None) -> Ite
     """Yield the finished rows of a workbook or CSV file; whatever is left out is noted in ``drops`` (reason -> places).
 
     Args:
-        path: a ``.xlsx``, ``.xlsm`` or ``.csv`` file. Of several worksheets the first with a header is read.
+        path: a ``.xlsx``, ``.xlsm`` or ``.csv`` file. Of several worksheets the first with a header and rows is read.
         group_column: name of the column with the patient, or ``None``.
 
     Raises:
@@ -85,9 +88,10 @@ def read_sheet(path: Path, drops: Drops, group_column: str | None = None) -> Ite
     found = [(name, table, header) for name, table in tables if (header := _find_header(path, table)) is not None]
     if not found:
         raise UserError(_no_header(path, [table for _, table in tables]))
-    for name, _, _ in found[1:]:
+    filled = [sheet for sheet in found if _has_rows(*sheet[1:])] or found[:1]
+    for name, _, _ in filled[1:]:
         drops.setdefault("another worksheet of the same workbook: only the first is read", []).append(f"{path.name}, {name}")
-    _, table, header = found[0]
+    _, table, header = filled[0]
     header.group = _group_index(path, table[header.row], group_column)
     category = _category_of(path)
     if header.folder is None and category is None:
@@ -102,6 +106,11 @@ def read_sheet(path: Path, drops: Drops, group_column: str | None = None) -> Ite
             yield row
 
 
+def _has_rows(table: list[list], header: _Header) -> bool:
+    """Whether a row below the header names an image: a template has a header, and at times a status, but no images."""
+    return any(isinstance(name, str) and name.strip() for row in table[header.row + 1 :] for name in row[header.image :][:1])
+
+
 def _read_row(cells: list, header: _Header, category: str | None, place: str, drops: Drops) -> SheetRow | None:
     def text(column: int | None) -> str:
         value = cells[column] if column is not None and column < len(cells) else ""
@@ -110,9 +119,7 @@ def _read_row(cells: list, header: _Header, category: str | None, place: str, dr
     if not any(cells):
         return None
     image, folder = text(header.image), text(header.folder) if header.folder is not None else category
-    reason = None
-    if header.status is not None:
-        reason = _status_problem(text(header.status))
+    reason = _status_problem(text(header.status)) if header.status is not None else None
     if reason is None and not (image and folder):
         reason = "no image name in the row" if not image else "no folder name in the row"
     where = f"{place}: {folder or '?'}/{image or '?'}"
@@ -122,6 +129,9 @@ def _read_row(cells: list, header: _Header, category: str | None, place: str, dr
     if reason is not None:
         drops.setdefault(reason, []).append(where)
         return None
+    patient = cells[header.group] if header.group is not None and header.group < len(cells) else ""
+    if isinstance(patient, Unreadable):
+        drops.setdefault(PATIENT_CELL + patient.reason, []).append(where)
     return SheetRow(place, folder, image, text(header.group), answers)
 
 
@@ -229,26 +239,32 @@ def _read_csv(path: Path) -> list[list]:
         text = data.decode(encoding)
     except UnicodeDecodeError:  # what Excel on Windows writes for western languages
         text = data.decode("cp1252", errors="replace")
-    sample = text[:4096]
-    delimiter = max(",;\t", key=sample.count)
     csv.field_size_limit(LARGEST_CELL)
     try:
+        delimiter = max(",;\t", key=lambda mark: _columns_known(text, mark))
         rows = list(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter))
     except csv.Error as fault:
         raise UserError(f"the sheet cannot be read as CSV; {path}: {fault}; open it and save it anew") from None
     return [[Unreadable("a formula without a stored value") if c.startswith("=") else c for c in row] for row in rows]
 
 
+def _columns_known(text: str, delimiter: str) -> tuple[int, int]:
+    """How many of a header's columns this delimiter finds, then how often the first line has it; answers decide nothing."""
+    known, most = {name for names in COLUMNS.values() for name in names}, 0
+    with contextlib.suppress(csv.Error):  # a wrong delimiter can make nonsense of quotes
+        for row in itertools.islice(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter), HEADER_ROWS):
+            most = max(most, sum(_plain(c) in known or bool(re.match(r"\s*q\s*\d", c, re.IGNORECASE)) for c in row))
+    return most, text.partition("\n")[0].count(delimiter)
+
+
 def _read_workbook(path: Path) -> list[tuple[str, list[list]]]:
     _check_container(path)
-    import openpyxl
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about styles and validations, which are not read
-            values = _cells(openpyxl.load_workbook(path, read_only=True, data_only=True))
+            values = _cells(path, data_only=True)
             if _has_formulas(path):
-                written = _cells(openpyxl.load_workbook(path, read_only=True, data_only=False))
+                written = _cells(path, data_only=False)
                 values = {name: _mark_formulas(values[name], written[name]) for name in values}
     except Exception as fault:  # a broken workbook fails anywhere in zip, XML or openpyxl, with any type
         raise UserError(
@@ -258,15 +274,24 @@ def _read_workbook(path: Path) -> list[tuple[str, list[list]]]:
     return [(name, [[cell_text(cell) for cell in row] for row in rows]) for name, rows in values.items()]
 
 
-def _cells(book) -> dict[str, list[list]]:
+def _cells(path: Path, data_only: bool) -> dict[str, list[list]]:
+    from openpyxl.chartsheet import Chartsheet
+    from openpyxl.reader.excel import ExcelReader
+
+    class Reader(ExcelReader):
+        def read_chartsheet(self, sheet, rel):  # openpyxl 3.1 fails on one without a chart; a bare one keeps the sheets' order
+            self.wb._add_sheet(Chartsheet(parent=self.wb, title=sheet.name))
+
+    reader = Reader(path, read_only=True, data_only=data_only, keep_links=False)
     try:
+        reader.read()
         tables = {}
-        for sheet in book.worksheets:
+        for sheet in reader.wb.worksheets:
             sheet.reset_dimensions()  # the size that a writer states is often wrong
             tables[sheet.title] = [list(row) for row in sheet.iter_rows(values_only=True)]
         return tables
     finally:
-        book.close()
+        reader.archive.close()
 
 
 def _mark_formulas(values: list[list], written: list[list]) -> list[list]:

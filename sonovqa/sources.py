@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,10 +11,10 @@ from pathlib import Path
 
 from sonovqa import answers
 from sonovqa.cli import UserError, check
-from sonovqa.files import sha256
+from sonovqa.files import sha256, write_json
 from sonovqa.images import ImageFolder, NotFoundError
 from sonovqa.questions import QUESTIONS
-from sonovqa.sheets import Drops, SheetRow, read_sheet
+from sonovqa.sheets import PATIENT_CELL, Drops, SheetRow, read_sheet
 
 
 @dataclass
@@ -65,7 +66,7 @@ def sheet(workbooks: list[Path], images: Path, group_column: str | None = None, 
         group_regex: pattern searched in the file name; its first group (or all it matches) names the patient.
 
     Raises:
-        UserError: a sheet cannot be read, the root is missing, or no row is left.
+        UserError: a sheet cannot be read, the root is missing, no row is left, or nobody's patient is known though asked for.
     """
     pattern = _compiled(group_regex)
     folder, drops, rows, problems = ImageFolder(images), {}, [], []
@@ -79,17 +80,44 @@ def sheet(workbooks: list[Path], images: Path, group_column: str | None = None, 
             problems.append(str(mistake))
     check(problems)
     records, missing = _locate(rows, folder, pattern, drops)
+    respelt = _unify_patients(records)
     loaded = Loaded(_merge_duplicates(records, drops), drops, {"kind": "sheet", "images": str(images)})
     loaded.about["sheets"] = {str(path): sha256(path.read_bytes()) for path in workbooks if not path.name.startswith("~$")}
+    if respelt:
+        loaded.notes.append(f"patients spelt in several ways are one each: {', '.join(respelt)}")
     if missing:
         loaded.notes.append(f"{missing} images have no patient: near-duplicates among them share a group instead")
     need_records(loaded, f"{', '.join(map(str, workbooks))} with --images {images}")
-    if pattern and not any(record.group for record in loaded.records):
+    _need_patients(loaded, group_column, group_regex)
+    return loaded
+
+
+def _need_patients(loaded: Loaded, group_column: str | None, group_regex: str | None) -> None:
+    """Whoever names patients and gets none would have every image as its own group, and patients in train and test alike."""
+    if any(record.group for record in loaded.records):
+        return
+    if group_regex is not None:
         raise UserError(
             f"--group-regex matches no file name; {group_regex}; a pattern such as '(P[0-9]+)_'; "
             f"the first file is {Path(loaded.records[0].image_id).name}"
         )
-    return loaded
+    if group_column is not None:
+        unread = {reason: items for reason, items in loaded.drops.items() if reason.startswith(PATIENT_CELL)}
+        raise UserError(
+            f"--group-column names no patient; {group_column}: {left_out(unread) or 'every cell is empty'}; a column with each "
+            "patient's name or number as text; mend the sheet, name another column, or leave --group-column out"
+        )
+
+
+def _unify_patients(records: list[Record]) -> list[str]:
+    """Give a patient one spelling where only case differs; return those spelt in several ways, such as ``P1 = p1``."""
+    spelt: dict[str, set[str]] = {}
+    for record in records:
+        record.group = record.group.strip()
+        spelt.setdefault(record.group.casefold(), set()).add(record.group)
+    for record in records:
+        record.group = min(spelt[record.group.casefold()])  # the same whatever order the rows come in
+    return sorted(" = ".join(sorted(names)) for names in spelt.values() if len(names) > 1)
 
 
 def _compiled(group_regex: str | None) -> re.Pattern | None:
@@ -151,9 +179,40 @@ def _agree(question_id: str, entries: list[dict]) -> bool:
 def need_records(loaded: Loaded, where: str) -> None:
     """Raise a `UserError` with the commonest reasons if a source gave no record at all."""
     if not loaded.records:
-        worst = sorted(loaded.drops.items(), key=lambda item: -len(item[1]))[:3]
-        reasons = "; ".join(f"{len(items)} x {reason} (such as {items[0]})" for reason, items in worst) or "no rows"
+        reasons = left_out(loaded.drops) or "no rows"
         raise UserError(f"no usable row is left; {where}; {reasons}; mend the sheet or the image folder")
+
+
+def left_out(drops: Drops) -> str:
+    """The three commonest reasons of ``drops`` with an example each, in words for an error; "" if nothing was dropped."""
+    worst = sorted(drops.items(), key=lambda item: -len(item[1]))[:3]
+    return "; ".join(f"{len(items)} x {reason} (such as {items[0]})" for reason, items in worst)
+
+
+def claim_folder(folder: Path, marker: str, about: dict | None = None) -> None:
+    """Make sure that a folder to write into is new, empty or our own: nobody's files are ever overwritten.
+
+    Args:
+        folder: where a source draws or unpacks its images.
+        marker: file that tells that such a source made the folder.
+        about: content of the marker, written if it is not there yet; ``None`` where the source writes its own.
+
+    Raises:
+        UserError: ``folder`` is no folder, or holds something without the marker.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"the source's files have no place; {folder} is no folder; a new one; rename it or choose another --out")
+    if (folder / marker).is_file():
+        return
+    leftover = f".{glob.escape(marker)}.*.part"  # of a run killed while it wrote the marker
+    found = next((path for path in folder.iterdir() if not path.match(leftover)), None) if folder.is_dir() else None
+    if found is not None:
+        raise UserError(
+            f"the source's files would go into somebody else's folder; {folder} holds {found.name} but no {marker}; "
+            "a new folder, or one of an earlier run; choose another --out, or move it away"
+        )
+    if about is not None:
+        write_json(folder / marker, about)
 
 
 def phantoms(root: Path, **options) -> Loaded:
@@ -162,9 +221,13 @@ def phantoms(root: Path, **options) -> Loaded:
     Args:
         root: where images and sheet go; what an interrupted run has drawn there is kept.
         **options: of `sonovqa.phantoms.write_phantoms`.
+
+    Raises:
+        UserError: an argument is out of range, or ``root`` is somebody else's folder.
     """
     from sonovqa.phantoms import write_phantoms
 
+    claim_folder(root, "phantoms.json")
     workbook = write_phantoms(root, **options)
     loaded = sheet([workbook], root / "images", group_column="Patient")
     loaded.about |= {"kind": "phantoms", "drawn": options}

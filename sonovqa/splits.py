@@ -12,7 +12,7 @@ SPLITS = ("train", "validation", "test")
 Strata = Sequence[tuple[str, str]]
 
 
-def assign(groups: Sequence[str], strata: Strata, ratios: Sequence[float], seed: int) -> list[int]:
+def assign(groups: Sequence[str], strata: Strata, ratios: Sequence[float], seed: int, left_out: str = "") -> list[int]:
     """Put every row into a split so that a group stays whole and categories and labels are spread as the ratios ask.
 
     Greedy: groups with rare strata and large groups go first, each to the split that it leaves closest to its share of
@@ -24,6 +24,7 @@ def assign(groups: Sequence[str], strata: Strata, ratios: Sequence[float], seed:
         strata: one (category, label) a row.
         ratios: share of each split, all above 0; they need not add up to 1.
         seed: breaks ties.
+        left_out: rows that never came here and why, in words: often the cause of too few groups.
 
     Returns:
         The index of its split for each row.
@@ -38,6 +39,7 @@ def assign(groups: Sequence[str], strata: Strata, ratios: Sequence[float], seed:
         raise UserError(
             f"fewer groups than splits; {len(members)} for {len(ratios)} splits; at least one group (patient or cluster of "
             "near-duplicates) a split; add patients, or check the patient column"
+            + (f"; left out before: {left_out}" if left_out else "")
         )
     totals = sum(members.values(), Counter())
     wanted = [{level: count * ratio / sum(ratios) for level, count in totals.items()} for ratio in ratios]

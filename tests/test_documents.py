@@ -170,6 +170,17 @@ def test_forms_split_80_10_10_and_come_out_the_same_again(tmp_path):
     assert prepare(tmp_path / "c", "--forms", 40, "--seed", 1)[1]["fingerprint"] != about["fingerprint"]
 
 
+def test_pages_are_never_drawn_into_somebody_elses_folder(tmp_path):
+    (tmp_path / "out-source").mkdir()
+    (tmp_path / "out-source" / "thesis.docx").touch()
+    with pytest.raises(UserError, match=r"out-source holds thesis.docx but no documents.json"):
+        prepare(tmp_path / "out", "--forms", 8)
+    assert len(list((tmp_path / "out-source").iterdir())) == 1
+    (tmp_path / "out-source" / "thesis.docx").unlink()
+    first = prepare(tmp_path / "out", "--forms", 8)[1]
+    assert prepare(tmp_path / "out", "--forms", 8)[1] == first
+
+
 def samples(path, rows):
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

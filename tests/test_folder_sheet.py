@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import openpyxl
@@ -9,7 +10,7 @@ import pytest
 from conftest import noise_image
 
 import inference
-from sonovqa import folder_sheet, sheets
+from sonovqa import folder_sheet, images, predictions, sheets
 from sonovqa.cli import UserError
 from sonovqa.engines import Reply
 from sonovqa.questions import QUESTIONS
@@ -164,6 +165,75 @@ def test_images_directly_in_the_folder_take_its_name(tmp_path):
     noise_image(32, 32, 1).save(tmp_path / "Femur" / "x.png")
     (found,) = folder_sheet.find_images(tmp_path / "Femur")
     assert found.image_id == "Femur/x.png"
+
+
+def test_images_of_one_name_in_folders_of_one_name_are_told_apart(tmp_path):
+    root = tmp_path / "scan"
+    for number, name in enumerate(("x.png", "scan/x.png", "scan/scan/x.png", "Femur/x.png")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_image(32, 32, number).save(root / name)
+
+    class Seen(Engine):
+        def answer(self, requests, max_new_tokens):
+            for request in requests:
+                for question_id, _ in request.prompts:
+                    yield Reply(request.image_id, question_id, f"{hash(request.image)}")
+
+    fill(root, Seen())
+    rows = table(root)[1:]
+    assert {row[0] for row in rows} == {"scan", "scan/scan", "scan/scan/scan", "scan/Femur"}
+    for folder, name, status, *answers in rows:  # as the sheet is read back, from one level up
+        _, path = images.ImageFolder(tmp_path).find(folder, name)
+        assert (status, set(answers)) == ("answered", {f"{hash(path.read_bytes())}"})
+
+
+@pytest.mark.parametrize("name", [b"Femur/caf\xe9.png", b"T\xeate/d.png"])
+def test_a_name_that_is_not_utf8_fails_its_row_only(scans, name):
+    odd = scans / os.fsdecode(name)
+    odd.parent.mkdir(exist_ok=True)
+    noise_image(48, 40, 7).save(odd)
+    first = fill(scans, Engine())
+    assert (first["images"], first["answered"], first["failed"]) == (5, 3, 2)
+    shown = os.fsdecode(name).encode("utf-8", "replace").decode().replace("?", "\ufffd")
+    (row,) = [row for row in table(scans) if f"{row[0]}/{row[1]}" == shown]
+    assert row[2:] == ("failed: the name of the file or its folder is not UTF-8: rename it", *[None] * 8)
+    os.rename(odd, scans / "Femur" / "cafe.png")
+    assert fill(scans, Engine())["asked"] == 8
+
+
+def test_an_answer_that_has_no_utf8_form_is_kept_and_shown_without_it(scans):
+    fill(scans, Engine(text="half \ud83e"))
+    assert table(scans)[2][3] == "half \ufffd Q1"
+    again = Engine()
+    assert fill(scans, again)["asked"] == len(again.asked) == 0
+    rows = predictions.read(scans.parent / "out.xlsx.answers.jsonl")
+    assert rows[1]["prediction"] == "half \ud83e Q1"
+    predictions.write(scans.parent / "copy.jsonl", rows)
+    assert predictions.read(scans.parent / "copy.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("out", "told"),
+    [
+        (".", r"ending in \.xlsx"),
+        ("out.csv", r"ending in \.xlsx"),
+        ("folder.xlsx", "is a folder"),
+        ("file/out.xlsx", "nothing can be written below"),
+        ("theirs.xlsx", "was not made here"),
+        ("ours.xlsx", "context was 'Pixel size: 1 mm'"),
+        ("other.xlsx", "engine was 'echo'"),
+    ],
+)
+def test_a_sheet_that_cannot_be_written_is_told_before_a_model_is_loaded(scans, tmp_path, monkeypatch, out, told):
+    (tmp_path / "folder.xlsx").mkdir()
+    for name in ("file", "theirs.xlsx"):
+        (tmp_path / name).write_text("theirs")
+    folder_sheet.fill(scans, tmp_path / "ours.xlsx", Engine(), "default", 128, "Pixel size: 1 mm")
+    folder_sheet.fill(scans, tmp_path / "other.xlsx", Engine(), "default", 128)
+    monkeypatch.setattr(inference, "answerer", lambda args: pytest.fail("loaded"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=told):
+        inference.main(["--run", "tiny", "--folder", str(scans), "--out", out])
 
 
 def test_mistakes(scans, tmp_path):

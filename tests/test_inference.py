@@ -218,25 +218,6 @@ def test_piped_conversation_with_a_broken_stream(image):
     assert cli.RESEARCH_NOTICE.split(":")[0] in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--image", "x.png"], "nobody, or two, to answer"),
-        (["--run", "tiny", "--endpoint", "http://h"], "nobody, or two, to answer"),
-        (["--run", "tiny", "--json"], "there is no question"),
-        (["--run", "tiny", "--question", "Q1"], "there is no image"),
-        (["--run", "tiny", "--image", "/no/such.png"], "no such file"),
-        (["--run", "tiny", "--max-new-tokens", "0"], "1 or more"),
-        (["--endpoint", "http://127.0.0.1:9"], "no answer from the endpoint"),
-        (["--endpoint", "nonsense"], "is no URL"),
-        (["--run", "tiny", "--data", "/no/such"], "no data set there"),
-    ],
-)
-def test_mistakes_on_the_command_line(words, told):
-    with pytest.raises(UserError, match=told):
-        inference.main(words)
-
-
 @pytest.fixture
 def trained(tmp_path) -> Path:
     """A finished run that was trained to give its verdict on Q7 first."""
@@ -281,24 +262,6 @@ def test_a_folder_and_a_conversation_are_asked_with_the_runs_own_prompts(trained
     assert asked == ["Q7=structured"]
 
 
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["--prompts", "fancy"], "no question has a prompt named 'fancy'; default, paraphrase, short"),
-        (["--prompts", "Q9=short"], "'Q9' is no question"),
-        (["--prompts", "short,clinical"], "one name stands for all"),
-        (["--prompts", ""], "no question has a prompt named ''"),
-        (["--prompts", "simple", "--question", "Q2"], "Q2 has no such prompt; clinical, default, paraphrase, short are allowed"),
-        (["--prompts", "Q7=simple", "--question", "report"], "report has no such prompt; default, paraphrase, structured"),
-    ],
-)
-def test_prompts_that_cannot_be_asked_are_told_in_one_line_before_anything_is_loaded(words, told, image, monkeypatch):
-    monkeypatch.setattr(inference, "answerer", lambda args: pytest.fail("loaded"))
-    with pytest.raises(UserError, match=told) as mistake:
-        inference.main(["--run", "tiny", "--image", str(image), *words])
-    assert "\n" not in str(mistake.value)
-
-
 @pytest.fixture
 def prepared(tmp_path) -> Path:
     """A prepared set's test split of two images, the second with a context."""
@@ -312,6 +275,17 @@ def prepared(tmp_path) -> Path:
     split = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
     datasets.DatasetDict({"test": split}).save_to_disk(tmp_path / "set")
     return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("words", "context"),
+    [([], "Pixel size: 2 mm"), (["--context", "Pixel size: 3 mm"], "Pixel size: 3 mm"), (["--context", ""], "")],
+)
+def test_a_context_that_is_given_stands_for_the_sets(prepared, monkeypatch, words, context):
+    echo = Echo()
+    monkeypatch.setattr(inference, "answerer", lambda args: echo)
+    inference.main(["--run", "tiny", "--data", str(prepared), "--image", "b/2.png", "--question", "Q1", *words])
+    assert [picture.context for picture, *_ in echo.asked] == [context]
 
 
 def test_picture_of_a_prepared_set(prepared):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import unicodedata
@@ -184,5 +185,66 @@ def test_nothing_left_says_why(tmp_path):
 
 def test_every_row_of_one_patient(tmp_path):
     clinic(tmp_path, patients=1)
-    with pytest.raises(UserError, match="fewer groups than splits; 1 for 3"):
+    with pytest.raises(UserError, match="fewer groups than splits; 1 for 3") as mistake:
         prepare(tmp_path, "--group-column", "Patient")
+    assert "left out" not in str(mistake.value)
+
+
+def test_too_few_groups_say_what_was_left_out_before(tmp_path):
+    """Merged folder cells hold their text in the first row only: the images dropped are why the groups are few."""
+    clinic(tmp_path, patients=1, extra=[[None, f"img_{number:03}.png", "complete", "P7", *NORMAL] for number in range(11)])
+    with pytest.raises(UserError, match=r"fewer groups than splits; 1 for 3.*11 x no folder name in the row \(such as .* row 4"):
+        prepare(tmp_path, "--group-column", "Patient")
+
+
+def with_patients(tmp_path, name):
+    """The clinic's sheet with ``name(number of the row)`` in the column of patients."""
+    import openpyxl
+
+    book = openpyxl.load_workbook(clinic(tmp_path))
+    for number in range(20):
+        book.active.cell(number + 2, 4).value = name(number)
+    book.save(tmp_path / "annotations.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "Patient: every cell is empty"),
+        ("  ", "every cell is empty"),
+        (datetime.date(2024, 1, 2), "20 x patient cell: a date"),
+    ],
+)
+def test_a_patient_column_that_names_nobody_is_refused(tmp_path, value, said):
+    with_patients(tmp_path, lambda number: value)
+    with pytest.raises(UserError, match=f"--group-column names no patient; .*{said}"):
+        prepare(tmp_path, "--group-column", "Patient")
+    assert not (tmp_path / "data").exists()
+
+
+def test_some_patient_cells_that_cannot_be_read_are_listed(tmp_path):
+    with_patients(tmp_path, lambda number: datetime.date(2024, 1, 2) if number < 3 else f"P{number // 2}")
+    _, about = prepare(tmp_path, "--group-column", "Patient")
+    assert len(about["dropped"]["patient cell: a date where text belongs"]) == 3
+    assert any("3 images have no patient" in note for note in about["notes"])
+
+
+def test_a_patient_is_one_however_the_case_is_typed(tmp_path):
+    with_patients(tmp_path, lambda number: f"{'pP'[number % 2]}{number // 2} ")
+    data, about = prepare(tmp_path, "--group-column", "Patient")
+    assert {row["group"] for row in rows_of(data).values()} == {f"P{number}" for number in range(10)}
+    assert sum(split["groups"] for split in about["splits"].values()) == 10
+    assert any("P0 = p0, P1 = p1" in note for note in about["notes"])
+
+
+def test_phantoms_are_never_drawn_into_somebody_elses_folder(tmp_path):
+    source = tmp_path / "data-source"
+    source.mkdir()
+    (source / "annotations.xlsx").write_bytes(b"a year of work")
+    with pytest.raises(UserError, match=r"data-source holds annotations.xlsx but no phantoms.json.*--out"):
+        prepare(tmp_path, "--images", 3, "--size", "64x48", source="phantoms")
+    assert [path.name for path in source.iterdir()] == ["annotations.xlsx"]
+    assert (source / "annotations.xlsx").read_bytes() == b"a year of work"
+    (source / "annotations.xlsx").rename(source / ".phantoms.json.x1.part")  # a run killed before its first file was whole
+    for _ in range(2):  # and one's own folder is gone on with
+        assert prepare(tmp_path, "--images", 20, "--size", "64x48", source="phantoms")[1]["splits"]["train"]["images"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -77,7 +79,7 @@ def test_a_killed_run_goes_on_to_the_same_data_set(tmp_path):
         assert not out.exists() or (out / "dataset.json").exists()
     _, again = prepare(tmp_path)
     assert again == undisturbed
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["annotations.xlsx", "data", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".data.lock", "annotations.xlsx", "data", "images"]
 
 
 def test_a_set_that_was_being_replaced_is_put_back(tmp_path):
@@ -95,6 +97,15 @@ def test_two_runs_at_once(tmp_path):
     with dataset.claimed(tmp_path / "data"), pytest.raises(UserError, match="another run"):
         prepare(tmp_path)
     prepare(tmp_path)
+
+
+def test_a_lock_opened_before_the_holder_ended_is_the_one_the_next_run_takes(tmp_path):
+    with contextlib.ExitStack() as waiting:
+        with dataset.claimed(tmp_path / "data"):
+            opened = waiting.enter_context(open(tmp_path / ".data.lock", "w"))  # by a run about to lock it
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(UserError, match="another run"), dataset.claimed(tmp_path / "data"):
+            pytest.fail("two runs hold one data set")
 
 
 def test_a_full_disk_leaves_the_old_data_set(tmp_path, monkeypatch):

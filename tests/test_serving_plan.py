@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from keys_and_ports import KEYS, no_keys  # noqa: F401 - a fixture
 
-from sonovqa import serving_plan
+from sonovqa import serving, serving_plan
 from sonovqa.cli import UserError
 from sonovqa.serving_plan import Plan, make_plan
 
@@ -139,6 +139,23 @@ def test_flags_that_would_undo_the_guards_are_refused(run, word):
     assert "\n" not in str(mistake.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--port", "99999"], "--port; 99999; 1 to 65535"),
+        (["--port", "0"], "--port; 0; 1 to 65535"),
+        (["--max-model-len", "-4"], "--max-model-len; -4; 1 token or more"),
+        (["--max-model-len", "0"], "--max-model-len; 0; 1 token or more"),
+        (["--wait", "nan"], "--wait; nan; seconds above 0"),
+        (["--wait", "-1"], "--wait; -1.0; seconds above 0"),
+        (["--", "foo"], "after --; foo; flags"),
+    ],
+)
+def test_values_that_no_server_could_have_are_refused_in_a_dry_run(run, words, told):
+    with pytest.raises(UserError, match=told):
+        serving.main([str(run), "--device", "gpu", "--dry-run", *words])
+
+
 def test_further_flags_pass_through_and_come_last(run):
     extra = ("--tensor-parallel-size", "4", "--max-model-len", "8192")
     assert make_plan(run, device="gpu", extra=extra).command[-4:] == list(extra)
@@ -201,6 +218,22 @@ def test_serve_sh_mistakes_are_one_line_and_status_2(run):
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
+
+
+def test_serve_sh_without_the_python_it_needs_says_make_install(run, tmp_path):
+    bare = tmp_path / "bare-python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # -S: no installed packages
+    bare.chmod(0o755)
+    for python in ("python3.11x", str(tmp_path), str(bare)):
+        done = shell(str(run), "--dry-run", PYTHON=python)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ") and python in done.stderr and "make install" in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert shell(str(run), "--device", "gpu", "--dry-run", PYTHON=Path(sys.executable).name, PATH=on_path()).returncode == 0
+
+
+def on_path() -> str:
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def test_serve_sh_is_clean():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import datetime
 import re
 import zipfile
 
 import openpyxl
 import pytest
+from openpyxl.chart import BarChart, Reference
 
 from sonovqa.cli import UserError
 from sonovqa.questions import QUESTIONS
@@ -96,6 +98,17 @@ def test_csv_as_spreadsheets_write_it(tmp_path, encoding, delimiter):
     assert drops == {"answer cell: a formula without a stored value": ["s.csv row 2: A/é 1.png, Q7"]}
 
 
+@pytest.mark.parametrize("delimiter", [";", ",", "\t"])
+def test_the_header_alone_tells_the_delimiter_of_a_csv_file(tmp_path, delimiter):
+    path = tmp_path / "s.csv"
+    answer = "spine, stomach; liver,\tkidneys, " * 200
+    with open(path, "w", newline="") as stream:
+        writer = csv.writer(stream, delimiter=delimiter)
+        writer.writerows([["annotated by A, B; C, D, E\tF"], ["Folder", "Image", "Q1: structures, visible; or\tnot"]])
+        writer.writerows([["A", f"{number}.png", answer] for number in range(3)])
+    assert [row.answers for row in read(path)[0]] == [{"Q1": answer.strip()}] * 3
+
+
 def test_patient_column_and_unknown_question(tmp_path):
     path = workbook(tmp_path / "s.xlsx", ["Folder", "Image", "Patient ID", "Q1", "Q9: Mood"], ["A", "1.png", 12, "spine", "good"])
     rows, drops = read(path, group_column="patient_id")
@@ -116,6 +129,55 @@ def test_only_the_first_worksheet_with_a_header_is_read(tmp_path):
     rows, drops = read(tmp_path / "s.xlsx")
     assert [row.image for row in rows] == ["one.png"]
     assert list(drops.values()) == [["s.xlsx, two"]]
+
+
+@pytest.mark.parametrize("status", [[], ["incomplete"]])
+def test_a_worksheet_without_images_gives_way_to_one_that_has_them(tmp_path, status):
+    header = ["Folder", "Image", "Q1", "Status"]
+    book = openpyxl.Workbook()
+    for rows in ([header, [None, None, None, *status]], [header, ["A", "1.png", "spine", "complete"]]):
+        sheet = book.create_sheet()
+        for row in rows:
+            sheet.append(row)
+    book.save(tmp_path / "s.xlsx")
+    rows, drops = read(tmp_path / "s.xlsx")
+    assert [row.image for row in rows] == ["1.png"] and drops == {}
+    assert read(workbook(tmp_path / "alone.xlsx", header)) == ([], {})
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_chart_sheets_are_passed_over(tmp_path, drawn):
+    book = openpyxl.Workbook()
+    for row in (["Folder", "Image", "Q1"], ["A", "1.png", "spine"], ["A", "2.png", "=A1"]):
+        book.active.append(row)
+    sheet = book.create_chartsheet("figure", 0)
+    if drawn:
+        chart = BarChart()
+        chart.add_data(Reference(book.active, min_col=1, min_row=1, max_row=2))
+        sheet.add_chart(chart)
+    book["Sheet"].print_title_rows = "1:1"  # a name that belongs to the second sheet, by its number
+    book.save(tmp_path / "s.xlsx")
+    if not drawn:  # a spreadsheet program leaves out the links of a chart sheet that has no chart
+        with zipfile.ZipFile(tmp_path / "s.xlsx") as archive:
+            parts = {name: archive.read(name) for name in archive.namelist() if not name.startswith("xl/chartsheets/_rels")}
+        with zipfile.ZipFile(tmp_path / "s.xlsx", "w") as archive:
+            for part, data in parts.items():
+                archive.writestr(part, data)
+    rows, drops = read(tmp_path / "s.xlsx")
+    assert [row.image for row in rows] == ["1.png"] and len(drops) == 2
+
+
+def test_a_patient_cell_that_cannot_be_read_is_listed(tmp_path):
+    path = workbook(
+        tmp_path / "s.xlsx",
+        ["Folder", "Image", "Patient", "Q1"],
+        ["A", "1.png", datetime.date(2024, 1, 2), "x"],
+        ["A", "2.png", 7, "x"],
+    )
+    rows, drops = read(path, group_column="Patient")
+    assert [row.group for row in rows] == ["", "7"]
+    assert drops == {"patient cell: a date where text belongs": ["s.xlsx row 2: A/1.png"]}
+    assert read(path)[1] == {}
 
 
 def test_formulas_dates_and_errors_are_listed(tmp_path):

@@ -78,6 +78,8 @@ def test_another_seed_is_another_split_and_the_same_seed_the_same():
 def test_fewer_groups_than_splits(groups):
     with pytest.raises(UserError, match="fewer groups than splits"):
         assign(groups, [("A", "")] * 50, RATIOS, 42)
+    with pytest.raises(UserError, match="left out before: 11 x no folder name"):
+        assign(groups, [("A", "")] * 50, RATIOS, 42, "11 x no folder name")
 
 
 def test_no_split_is_empty_when_one_group_holds_nearly_all():

@@ -148,7 +148,7 @@ def figures(told: list[Asked], wall: float) -> dict:
     good = [one for one in told if one.error is None]
     tokens = sum(one.tokens for one in good)
     return {
-        "wall_seconds": round(wall, 3),
+        "wall_seconds": round(wall, 6),
         "requests": len(told),
         "answered": len(good),
         "answers_per_second": round(len(good) / wall, 3),

@@ -18,7 +18,7 @@ def spread(seconds: Sequence[float]) -> dict[str, float] | None:
         return None
     told = {"min": np.min(seconds), "mean": np.mean(seconds), "median": np.median(seconds)}
     told |= {"p95": np.quantile(seconds, 0.95), "p99": np.quantile(seconds, 0.99), "max": np.max(seconds)}
-    return {name: round(float(value), 4) for name, value in told.items()}
+    return {name: round(float(value), 6) for name, value in told.items()}
 
 
 def measure(engine: Engine, requests: Sequence[ImageRequest], new_tokens: int) -> tuple[dict, dict[str, str]]:
@@ -51,7 +51,7 @@ def measure(engine: Engine, requests: Sequence[ImageRequest], new_tokens: int) -
             print(f"{len(answers)} answers", file=sys.stderr, flush=True)
     wall = time.perf_counter() - started
     figures = {
-        "wall_seconds": round(wall, 3),
+        "wall_seconds": round(wall, 6),
         "answered": len(answers),
         "failed": sum(errors.values()),
         "errors": dict(errors.most_common(5)),

@@ -128,7 +128,9 @@ class SharedImageTrainer(SFTTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self._spent["data_wait_seconds"] += time.perf_counter() - self._began
         total = sum((batch["weights"].sum() for batch in batches), torch.zeros(()))
-        return batches, self.accelerator.reduce(total.to(device), "sum")
+        weight = self.accelerator.reduce(total.to(device), "sum")
+        # Question weights of 0 can leave a step without any: its loss is then 0, not 0 / 0, which would end in NaN weights.
+        return batches, weight.clamp_min(torch.finfo(weight.dtype).tiny)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Weighted negative log-likelihood over ``num_items_in_batch``; gradients average over processes, hence the factor."""

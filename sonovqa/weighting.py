@@ -84,7 +84,7 @@ def weigh(samples: Sequence[Sample], how: Weighting) -> list[float]:
         raise UserError(
             f"--question-weights {unknown[0]}; not asked in this split; {', '.join(list(asked)[:12])} are; choose one"
         )
-    classes = Counter(sample.label for sample in samples if sample.question_id == how.target)
+    classes = _classes(samples, how.target)
     if how.balance != "none" and not classes:
         raise UserError(
             f"--balance-question {how.target}; not asked in this split; {', '.join(list(asked)[:12])} are; choose one"
@@ -96,7 +96,7 @@ def weigh(samples: Sequence[Sample], how: Weighting) -> list[float]:
             weight /= sample.tokens
         if how.mean == "question":
             weight *= len(samples) / (len(asked) * asked[sample.question_id])
-        if how.balance == "loss" and sample.question_id == how.target:
+        if how.balance == "loss" and sample.question_id == how.target and sample.label:
             weight *= classes.total() / (len(classes) * classes[sample.label])
         made.append(weight)
     return made
@@ -111,12 +111,17 @@ def repeats(samples: Sequence[Sample], how: Weighting) -> dict[int, int]:
     if how.balance != "oversample":
         return {}
     target = [sample for sample in samples if sample.question_id == how.target]
-    common = Counter(sample.label for sample in target).most_common(1)[0][0]
-    rare = {sample.group for sample in target if sample.label != common}
+    common = _classes(samples, how.target).most_common(1)[0][0]
+    rare = {sample.group for sample in target if sample.label not in ("", common)}
     rows = {sample.row: sample.group in rare for sample in target}
     affected = sum(rows.values())
     times = round((len(rows) - affected) / affected) if affected else 1
     return {row: times for row, chosen in rows.items() if chosen and times > 1}
+
+
+def _classes(samples: Sequence[Sample], target: str) -> Counter:
+    """How often each class of a question occurs. An answer that was not read (label ``""``) is of no class, so never rare."""
+    return Counter(sample.label for sample in samples if sample.question_id == target and sample.label)
 
 
 def effective_size(weights: Sequence[float]) -> float:

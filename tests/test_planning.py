@@ -118,6 +118,14 @@ def test_oversampling_repeats_whole_patients_about_as_often_as_all_others():
     assert weighting.repeats(SAMPLES, Weighting(balance="loss")) == {}
 
 
+def test_an_answer_that_was_not_read_is_no_rare_class():
+    samples = [*SAMPLES, Sample(7, "g", "Q7", "", 2)]
+    assert weighting.repeats(samples, Weighting(balance="oversample")) == {1: 3, 2: 3}, "patient b only, against six others"
+    weights = weighting.weigh(samples, Weighting("sample", balance="loss"))
+    assert weights[-1] == pytest.approx(1 / 2), "its own, without a class weight"
+    assert weights[:-1] == weighting.weigh(SAMPLES, Weighting("sample", balance="loss"))
+
+
 def test_effective_size_and_class_table():
     assert weighting.effective_size([1.0] * 8) == pytest.approx(8) and weighting.effective_size([1, 0, 0]) == pytest.approx(1)
     weights = weighting.weigh(SAMPLES, Weighting("sample", balance="loss"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -77,6 +78,15 @@ def test_balanced_and_focal_runs_say_what_they_weigh(base, data, tmp_path, capsy
     entry = run(base, data, tmp_path, "focal", *how, steps=1)["training"]["curve"][0]
     assert "effective sample size" in capsys.readouterr().out and gammas == [2.0], "validation is never focal"
     assert entry["step_seconds"] > entry["data_wait_seconds"] > 0
+
+
+def test_a_step_whose_answers_all_weigh_nothing_leaves_the_weights_finite(base, data, tmp_path):
+    """Separate sequences, one a step: most steps hold no Q2."""
+    zero = [f"Q{k}=0" for k in (1, 3, 4, 5, 6, 7, 8)]
+    record = run(base, data, tmp_path, "zero", "--batching", "separate", "--question-weights", *zero, "--no-merge", batch=1)
+    assert 0.0 in losses_of(record) and all(math.isfinite(loss) for loss in losses_of(record))
+    stored = load_file(tmp_path / "zero" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in stored.values())
 
 
 def test_report_and_single_questions_train(base, data, tmp_path):

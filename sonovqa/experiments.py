@@ -3,6 +3,7 @@
     python -m sonovqa.experiments --list
     python -m sonovqa.experiments 3 --dry-run
     MODEL=tiny DATA=data/phantoms python -m sonovqa.experiments 3
+    python -m sonovqa.experiments 3 6 7 --jobs 8                   # side by side, on a box with many cores
     python -m sonovqa.experiments 3 --records                      # keep what was measured in outputs/records/
 
 Stopped by whatever means, the same command goes on: what is finished is not done again, an unfinished run is resumed. A
@@ -15,188 +16,20 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sonovqa import cli, dataset, experiments_blocks, experiments_records, files, records, resuming
+from sonovqa import cli, experiments_blocks, files, records
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
+from sonovqa.experiments_sweep import DONE, STYLES, Outcome, Processes, Sweep, run_all
 
 OUTPUTS = Path("outputs")
-DONE, FAILED, SKIPPED = "done", "failed", "skipped"
-STYLES = {DONE: "green", FAILED: "red", SKIPPED: "yellow"}
-
-
-@dataclass
-class Outcome:
-    """What became of a command: ``done``, ``failed`` or ``skipped``, why, and the seconds it took now (``None``: not run)."""
-
-    command: Command
-    status: str
-    why: str = ""
-    seconds: float | None = None
-
-
-@dataclass
-class Sweep:
-    """One experiment under way.
-
-    Attributes:
-        name: of the block.
-        path: the state file, written after every command: ``{"parent": MLflow run id, "commands": {text: {...}}}``.
-        call: runs a command with the environment's changes and gives its exit status.
-    """
-
-    name: str
-    path: Path
-    call: Callable[[Command, Mapping[str, str]], int]
-    state: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.state = files.read_json(self.path) if self.path.exists() else {"parent": None, "commands": {}}
-
-    def note(self, command: Command, **what) -> None:
-        """Write down what became of a command."""
-        self.state["commands"][command.text] = what
-        files.write_json(self.path, self.state)
-
-    def is_done(self, command: Command) -> bool:
-        """Whether a command need not run again.
-
-        A training or data set is done where its record is; everything else where an earlier call of this experiment finished
-        it after all that it reads.
-
-        Raises:
-            UserError: if what stands in its place was made by other arguments.
-        """
-        made = made_by(command)
-        if made is not None:
-            return made.exists() and check_same(command, made)
-        kept = self.state["commands"].get(command.text, {})
-        if kept.get("status") != DONE or not all(Path(p).exists() for p in command.makes() if not p.endswith("/eval")):
-            return False
-        read = (Path(word) / name for word in command.words for name in ("run.json", "dataset.json"))
-        return all(path.stat().st_mtime <= kept["finished"] for path in read if path.is_file())
-
-
-def made_by(command: Command) -> Path | None:
-    """The record that a training or a preparation writes last."""
-    if command.script == "train.py" and command.run:
-        return command.run / "run.json"
-    out = command.value("--out")
-    return Path(out) / "dataset.json" if command.script == "prepare_dataset.py" and out else None
-
-
-def check_same(command: Command, path: Path) -> bool:
-    """True if the record at ``path`` was made with the command's arguments.
-
-    Raises:
-        UserError: naming those that differ.
-    """
-    given, wrong = files.read_json(path)["arguments"], []
-    for flag in (word for word in command.words if word.startswith("--")):
-        name, _, joined = flag.partition("=")
-        key, value = name[2:].replace("-", "_"), joined or command.value(name)
-        off = key.removeprefix("no_")
-        if key not in given and off in given:
-            wrong += [f"{name} was not given"] if given[off] is True else []
-        elif key != "data" and isinstance(given.get(key), str | int | float) and not isinstance(given[key], bool):
-            before = str(Path(given[key]).name) if key == "model" else str(given[key])
-            now = Path(value).name if key == "model" else value
-            same = before == now or (_number(before) is not None and _number(before) == _number(now))
-            wrong += [] if same else [f"{name} was {given[key]}, not {value}"]
-    if command.script == "train.py":
-        data, kept = Path(command.value("--data") or ""), files.read_json(path).get("data")
-        if (data / "dataset.json").exists() and kept != dataset.about(data)["fingerprint"]:
-            wrong.append(f"--data held other images or answers than {data} does now")
-    if wrong:
-        raise UserError(f"{path.parent} was made by another command; {'; '.join(wrong)}; delete it, or set RUNS or DATA")
-    return True
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def run_all(sweep: Sweep, commands: Sequence[Command]) -> list[Outcome]:
-    """Run a block's commands in order; finished ones are not repeated, those that need what failed are skipped.
-
-    Raises:
-        KeyboardInterrupt: after the command at hand has ended.
-    """
-    outcomes, lost = [], {}
-    for number, command in enumerate(commands, 1):
-        missing = sorted(lost[need] for need in command.needs() if need in lost)
-        if missing:
-            outcome = Outcome(command, SKIPPED, f"needs what command {missing[0]} did not make")
-        else:
-            outcome = run_one(sweep, command, f"{number}/{len(commands)}")
-        if outcome.status != DONE:
-            lost |= {made: lost.get(made, number) for made in command.makes()}
-        if outcome.why:
-            console.print(f"[{STYLES[outcome.status]}]{outcome.status}[/]: ", end="")
-            console.print(outcome.why, markup=False, soft_wrap=True)
-        outcomes.append(outcome)
-    return outcomes
-
-
-def run_one(sweep: Sweep, command: Command, where: str) -> Outcome:
-    """Run one command unless it is done; afterwards its scores are in MLflow too. Raises `KeyboardInterrupt` as `run_all`."""
-    console.rule(f"experiment {sweep.name}, {where}", align="left")
-    console.print(command.text, markup=False, soft_wrap=True)
-    try:
-        if sweep.is_done(command):
-            return Outcome(command, DONE, "finished before")
-    except UserError as other:
-        return Outcome(command, FAILED, str(other))
-    begun = command.run and resuming.stage(command.run) != "new"
-    parent = {"MLFLOW_PARENT_RUN_ID": sweep.state["parent"]} if sweep.state["parent"] else {}
-    started = time.perf_counter()
-    status = sweep.call(Command((*command.words, "--resume")) if begun else command, parent)
-    took = round(time.perf_counter() - started, 1)
-    if status == 130:
-        raise KeyboardInterrupt
-    if status:
-        sweep.note(command, status=FAILED, exit=status, seconds=took, finished=time.time())
-        return Outcome(command, FAILED, f"exit status {status}, see above", took)
-    sweep.note(command, status=DONE, seconds=took, finished=time.time())
-    if command.evaluated:
-        experiments_records.track(command.evaluated)
-    return Outcome(command, DONE, seconds=took)
-
-
-def in_process_of_its_own(command: Command, environment: Mapping[str, str]) -> int:
-    """Run a command with this Python; Ctrl-C reaches it once, so that it can end in order, and the sweep after it.
-
-    Returns:
-        Its exit status, 130 if it was interrupted.
-    """
-    words = [sys.executable, *command.words]
-    child = subprocess.Popen(words, env=os.environ | environment, start_new_session=True)
-    interrupted = False
-    try:
-        while True:
-            try:
-                status = child.wait()
-                return 130 if interrupted or status == -signal.SIGINT else status
-            except KeyboardInterrupt:
-                interrupted = True
-                child.send_signal(signal.SIGINT)
-    finally:
-        if child.poll() is None:
-            child.terminate()
 
 
 def show(outcomes: Sequence[Outcome]) -> None:
@@ -216,36 +49,61 @@ def cli_text(command: Command) -> str:
     return escape(command.text.removeprefix("python "))
 
 
-def perform(name: str, commands: Sequence[Command], call=in_process_of_its_own) -> list[Outcome]:
-    """Run an experiment's commands under one MLflow run, print what became of them and what they gave.
+def perform(name: str, commands: Sequence[Command], call=None) -> list[Outcome]:
+    """Run one experiment's commands, see `perform_all`."""
+    return perform_all({name: commands}, call)[name]
+
+
+def perform_all(blocks: Mapping[str, Sequence[Command]], call=None, jobs: int = 1) -> dict[str, list[Outcome]]:
+    """Run experiments' commands, each experiment's under one MLflow run, print what became of them and what they gave.
+
+    Args:
+        blocks: commands by experiment; one that several need (a data set, a shared run) runs once.
+        call: runs a command with the environment's changes and gives its exit status; ``None``: `Processes`.
+        jobs: commands at once; with more than one each prints into a file of its own and gets its share of the cores.
 
     Raises:
         KeyboardInterrupt: if it was stopped; the same call goes on.
     """
-    sweep, ended = Sweep(name, OUTPUTS / "experiments" / f"{name}.json", call), "KILLED"
-    trains = any(command.run and command.value("--report-to") != "none" for command in commands)
-    if trains and name != experiments_blocks.DATA:
-        sweep.state["parent"] = records.open_parent(OUTPUTS, f"experiment {name}", sweep.state["parent"])
-        files.write_json(sweep.path, sweep.state)
+    logs, threads = (OUTPUTS / "experiments" / "logs", max(1, len(os.sched_getaffinity(0)) // jobs)) if jobs > 1 else (None, None)
+    call = call or Processes(logs, threads)
+    sweeps = {name: Sweep(name, OUTPUTS / "experiments" / f"{name}.json", call) for name in blocks}
+    for name, sweep in sweeps.items():
+        trains = any(command.run and command.value("--report-to") != "none" for command in blocks[name])
+        if trains and name != experiments_blocks.DATA:
+            sweep.state["parent"] = records.open_parent(OUTPUTS, f"experiment {name}", sweep.state["parent"])
+            files.write_json(sweep.path, sweep.state)
+    ended: dict[str, list[Outcome]] = {}
     try:
-        outcomes = run_all(sweep, commands)
-        ended = "FINISHED" if all(one.status == DONE for one in outcomes) else "FAILED"
+        outcomes = iter(run_all([(sweeps[name], command) for name in blocks for command in blocks[name]], jobs))
+        ended = {name: [next(outcomes) for _ in commands] for name, commands in blocks.items()}
     finally:
-        if sweep.state["parent"]:
-            records.close_parent(OUTPUTS, sweep.state["parent"], ended)
-    show(outcomes)
-    return outcomes
+        for name, sweep in sweeps.items():
+            if sweep.state["parent"]:
+                records.close_parent(OUTPUTS, sweep.state["parent"], _status(ended.get(name)))
+    for found in ended.values():
+        show(found)
+    return ended
+
+
+def _status(outcomes: Sequence[Outcome] | None) -> str:
+    """MLflow's word for how an experiment ended."""
+    if outcomes is None:
+        return "KILLED"
+    return "FINISHED" if all(one.status == DONE for one in outcomes) else "FAILED"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = cli.Parser(description=__doc__, prog="python -m sonovqa.experiments")
-    parser.add_argument("name", nargs="?", metavar="N", help="an experiment of experiments.md, such as 3")
+    parser.add_argument("names", nargs="*", metavar="N", help="experiments of experiments.md, such as 3")
+    parser.add_argument("--jobs", type=int, default=1, help="commands at once; what waits for nothing runs side by side")
     parser.add_argument("--list", action="store_true", help="name the experiments")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
     parser.add_argument("--records", action="store_true", help="run none; put its finished runs' records and tables in the page")
     args = parser.parse_args(argv)
-    if not args.list and args.name is None:
+    if not args.list and not args.names:
         raise UserError("no experiment named; give its name; `--list` shows them; such as python -m sonovqa.experiments 3")
+    cli.check(cli.out_of_range(args, ("jobs",), ()))
     return args
 
 
@@ -257,16 +115,19 @@ def main(argv: list[str] | None = None) -> int:
         for name in experiments_blocks.names(page):
             console.print(f"{name}: {len(experiments_blocks.commands(page, name))} commands", markup=False)
         return 0
-    commands = experiments_blocks.commands(page, args.name)
+    blocks = {name: experiments_blocks.commands(page, name) for name in args.names}
     if args.dry_run:
-        for command in commands:
+        for command in (command for commands in blocks.values() for command in commands):
             console.print(command.text, markup=False, soft_wrap=True)
         return 0
     if args.records:
-        return tables.keep(args.name, commands)
-    outcomes = perform(args.name, commands)
-    tables.show(args.name, commands)
-    return int(any(one.status != DONE for one in outcomes))
+        for name, commands in blocks.items():
+            tables.keep(name, commands)
+        return 0
+    outcomes = perform_all(blocks, jobs=args.jobs)
+    for name, commands in blocks.items():
+        tables.show(name, commands)
+    return int(any(one.status != DONE for found in outcomes.values() for one in found))
 
 
 if __name__ == "__main__":

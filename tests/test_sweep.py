@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from conftest import ROOT
 
 from sonovqa import experiments, experiments_blocks, files, records
 from sonovqa.cli import UserError
-from sonovqa.experiments import DONE, FAILED, SKIPPED
+from sonovqa.experiments_sweep import DONE, FAILED, SKIPPED
 
 BLOCK = """
 for RUN in a b; do
@@ -138,7 +139,7 @@ def test_ctrl_c_ends_the_sweep_after_its_command_and_the_same_call_goes_on(comma
 def test_ctrl_c_reaches_a_command_once_and_its_end_is_awaited(tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     code = "from sonovqa import experiments as e; from sonovqa.experiments_blocks import Command\n"
-    code += "print('status', e.in_process_of_its_own(Command(('child.py',)), {}), flush=True)"
+    code += "try: e.perform('x', [Command(('child.py',))])\nexcept KeyboardInterrupt: print('ended', flush=True)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     parent = subprocess.Popen(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
@@ -147,8 +148,46 @@ def test_ctrl_c_reaches_a_command_once_and_its_end_is_awaited(tmp_path):
     while not (tmp_path / "ready").exists() and time.monotonic() < end:
         time.sleep(0.05)
     os.killpg(parent.pid, signal.SIGINT)  # as a terminal does it
-    assert parent.communicate(timeout=30)[0].strip() == "status 130"
+    assert parent.communicate(timeout=30)[0].strip().endswith("ended")
     assert (tmp_path / "stopped").read_text() == "once "
+
+
+class Counting(Fake):
+    """Notes how many commands were under way at once, and in which order they ended; each takes a moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.lock = 0, 0, threading.Lock()
+
+    def __call__(self, command, environment) -> int:
+        with self.lock:
+            self.now, self.most = self.now + 1, max(self.most, self.now + 1)
+        for need in command.words[1:]:  # what it reads was made before it began
+            assert not need.startswith("outputs/") or need.endswith(".json") or (Path(need) / "run.json").exists()
+        time.sleep(0.05)
+        with self.lock:
+            self.now -= 1
+        return super().__call__(command, environment)
+
+
+def test_commands_run_side_by_side_but_after_what_they_need(commands):
+    counting = Counting()
+    outcomes = experiments.perform_all({"x": commands, "y": commands}, counting, jobs=4)
+    assert statuses(outcomes["x"]) == statuses(outcomes["y"]) == [DONE] * 5 and counting.most > 1
+    assert counting.called.count(commands[0].text) == 1, "a run that two experiments share is trained once"
+    assert counting.called.index(commands[4].text) >= 4
+
+
+def test_side_by_side_prints_into_files_and_says_which_failed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("good.py").write_text("print('fine')")
+    Path("bad.py").write_text("import sys; print('why'); sys.exit(3)")
+    made = [experiments_blocks.Command((name,)) for name in ("good.py", "bad.py")]
+    outcomes = experiments.perform_all({"x": made}, jobs=2)["x"]
+    assert statuses(outcomes) == [DONE, FAILED]
+    logs = {path.name.split("-")[0]: path for path in Path("outputs/experiments/logs").iterdir()}
+    assert logs["good.py"].read_text() == "fine\n" and logs["bad.py"].read_text() == "why\n"
+    assert str(logs["bad.py"]) in outcomes[1].why
 
 
 def test_names_are_checked_and_listed(capsys):

@@ -1,0 +1,272 @@
+"""A sweep over the commands of one or more experiments: what is finished is not repeated, what can run side by side does.
+
+A command waits for those before it whose results it names; so order and `jobs` change nothing but the time it takes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sonovqa import dataset, experiments_records, files, records, resuming
+from sonovqa.cli import UserError, console
+from sonovqa.experiments_blocks import Command
+
+DONE, FAILED, SKIPPED = "done", "failed", "skipped"
+_TRACKING = threading.Lock()  # MLflow is told by one thread at a time
+STYLES = {DONE: "green", FAILED: "red", SKIPPED: "yellow"}
+
+
+@dataclass
+class Outcome:
+    """What became of a command: ``done``, ``failed`` or ``skipped``, why, and the seconds it took now (``None``: not run)."""
+
+    command: Command
+    status: str
+    why: str = ""
+    seconds: float | None = None
+
+
+@dataclass
+class Sweep:
+    """One experiment under way.
+
+    Attributes:
+        name: of the block.
+        path: the state file, written after every command: ``{"parent": MLflow run id, "commands": {text: {...}}}``.
+        call: runs a command with the environment's changes and gives its exit status.
+    """
+
+    name: str
+    path: Path
+    call: Callable[[Command, Mapping[str, str]], int]
+    state: dict = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self):
+        self.state = files.read_json(self.path) if self.path.exists() else {"parent": None, "commands": {}}
+
+    def note(self, command: Command, **what) -> None:
+        """Write down what became of a command."""
+        with self.lock:
+            self.state["commands"][command.text] = what
+            files.write_json(self.path, self.state)
+
+    def is_done(self, command: Command) -> bool:
+        """Whether a command need not run again.
+
+        A training or data set is done where its record is; everything else where an earlier call of this experiment finished
+        it after all that it reads.
+
+        Raises:
+            UserError: if what stands in its place was made by other arguments.
+        """
+        made = made_by(command)
+        if made is not None:
+            return made.exists() and check_same(command, made)
+        kept = self.state["commands"].get(command.text, {})
+        if kept.get("status") != DONE or not all(Path(p).exists() for p in command.makes() if not p.endswith("/eval")):
+            return False
+        read = (Path(word) / name for word in command.words for name in ("run.json", "dataset.json"))
+        return all(path.stat().st_mtime <= kept["finished"] for path in read if path.is_file())
+
+
+def made_by(command: Command) -> Path | None:
+    """The record that a training or a preparation writes last."""
+    if command.script == "train.py" and command.run:
+        return command.run / "run.json"
+    out = command.value("--out")
+    return Path(out) / "dataset.json" if command.script == "prepare_dataset.py" and out else None
+
+
+def check_same(command: Command, path: Path) -> bool:
+    """True if the record at ``path`` was made with the command's arguments.
+
+    Raises:
+        UserError: naming those that differ.
+    """
+    given, wrong = files.read_json(path)["arguments"], []
+    for flag in (word for word in command.words if word.startswith("--")):
+        name, _, joined = flag.partition("=")
+        key, value = name[2:].replace("-", "_"), joined or command.value(name)
+        off = key.removeprefix("no_")
+        if key not in given and off in given:
+            wrong += [f"{name} was not given"] if given[off] is True else []
+        elif key != "data" and isinstance(given.get(key), str | int | float) and not isinstance(given[key], bool):
+            before = str(Path(given[key]).name) if key == "model" else str(given[key])
+            now = Path(value).name if key == "model" else value
+            same = before == now or (_number(before) is not None and _number(before) == _number(now))
+            wrong += [] if same else [f"{name} was {given[key]}, not {value}"]
+    if command.script == "train.py":
+        data, kept = Path(command.value("--data") or ""), files.read_json(path).get("data")
+        if (data / "dataset.json").exists() and kept != dataset.about(data)["fingerprint"]:
+            wrong.append(f"--data held other images or answers than {data} does now")
+    if wrong:
+        raise UserError(f"{path.parent} was made by another command; {'; '.join(wrong)}; delete it, or set RUNS or DATA")
+    return True
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+class Processes:
+    """Runs commands with this Python, each in a session of its own, so that Ctrl-C reaches it once and it can end in order.
+
+    Args:
+        logs: folder for what commands print, a file each; ``None``: the terminal.
+        threads: that each may compute with; ``None``: as many as it likes.
+    """
+
+    def __init__(self, logs: Path | None = None, threads: int | None = None):
+        self.logs, self.threads, self.interrupted = logs, threads, False
+        self._children: set[subprocess.Popen] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, command: Command, environment: Mapping[str, str]) -> int:
+        """Run one command; its exit status, 130 if it was interrupted."""
+        given = {**({"OMP_NUM_THREADS": str(self.threads)} if self.threads else {}), **os.environ, **environment}
+        log = self.log_of(command)
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log or os.devnull, "w") as stream:
+            printed = {"stdout": stream, "stderr": subprocess.STDOUT} if log else {}
+            with self._lock:
+                if self.interrupted:
+                    return 130
+                child = subprocess.Popen([sys.executable, *command.words], env=given, start_new_session=True, **printed)
+                self._children.add(child)
+            status = child.wait()
+        self._children.discard(child)
+        return 130 if self.interrupted or status == -signal.SIGINT else status
+
+    def log_of(self, command: Command) -> Path | None:
+        """Where a command's output goes; a run's log is named after the run."""
+        if self.logs is None:
+            return None
+        digest = files.sha256(command.text.removesuffix(" --resume"))[:8]
+        return self.logs / f"{(command.run or command.evaluated or Path(command.script)).name}-{digest}.log"
+
+    def end(self, number: int = signal.SIGINT) -> None:
+        """Send a signal to every command under way and start none any more."""
+        with self._lock:
+            self.interrupted = True
+        for child in list(self._children):
+            child.send_signal(number)
+
+
+@dataclass
+class Place:
+    """A command's place in the work: its sweep, its number among all, and the numbers of those it waits for."""
+
+    sweep: Sweep
+    command: Command
+    number: int
+    after: tuple[int, ...]
+
+
+def places(work: Sequence[tuple[Sweep, Command]]) -> list[Place]:
+    """The work in order, each command after those before it that make what it names or makes itself."""
+    made = [command.makes() for _, command in work]
+    found = []
+    for number, (sweep, command) in enumerate(work):
+        touched = command.needs() | made[number]
+        found.append(Place(sweep, command, number, tuple(k for k in range(number) if made[k] & touched)))
+    return found
+
+
+def run_all(work: Sequence[tuple[Sweep, Command]], jobs: int = 1) -> list[Outcome]:
+    """Run commands, at most ``jobs`` at once; finished ones are not repeated, those that need what failed are skipped.
+
+    Args:
+        work: each command with the sweep that it belongs to, in the order in which they would run one after another.
+        jobs: commands at once.
+
+    Raises:
+        KeyboardInterrupt: after the commands at hand have ended.
+    """
+    waiting, outcomes, running = places(work), {}, {}
+    total, stopped = len(waiting), False
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            while waiting or running:
+                for place in [one for one in waiting if all(k in outcomes for k in one.after)]:
+                    if len(running) == jobs or stopped:
+                        break
+                    waiting.remove(place)
+                    _begin(place, total, outcomes, running, pool)
+                if not running:
+                    if stopped:
+                        raise KeyboardInterrupt
+                    continue
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    place = running.pop(future)
+                    outcome = future.result()
+                    stopped |= outcome is None
+                    if outcome is not None:
+                        outcomes[place.number] = _told(outcome, place, jobs)
+        except BaseException:
+            for call in {id(place.sweep.call): place.sweep.call for place in running.values()}.values():
+                if isinstance(call, Processes):
+                    call.end()
+            raise
+    return [outcomes[number] for number in range(total)]
+
+
+def _begin(place: Place, total: int, outcomes: dict[int, Outcome], running: dict[Future, Place], pool) -> None:
+    """Start a command, or note at once that it is finished, cannot be or need not be tried."""
+    console.rule(f"experiment {place.sweep.name}, {place.number + 1}/{total}", align="left")
+    console.print(place.command.text, markup=False, soft_wrap=True)
+    lacking = [k for k in place.after if outcomes[k].status != DONE and outcomes[k].command.makes() & place.command.needs()]
+    try:
+        if lacking:
+            outcome = Outcome(place.command, SKIPPED, f"needs what command {lacking[0] + 1} did not make")
+        elif place.sweep.is_done(place.command):
+            outcome = Outcome(place.command, DONE, "finished before")
+        else:
+            running[pool.submit(run_one, place.sweep, place.command)] = place
+            return
+    except UserError as other:
+        outcome = Outcome(place.command, FAILED, str(other))
+    outcomes[place.number] = _told(outcome, place, 1)
+
+
+def _told(outcome: Outcome, place: Place, jobs: int) -> Outcome:
+    """The outcome, said on the terminal where the command itself said nothing there."""
+    if jobs > 1 and outcome.seconds is not None:
+        console.print(f"{place.number + 1}: {outcome.status} after {records.duration(outcome.seconds)}", markup=False)
+    if outcome.why:
+        console.print(f"[{STYLES[outcome.status]}]{outcome.status}[/]: ", end="")
+        console.print(outcome.why, markup=False, soft_wrap=True)
+    return outcome
+
+
+def run_one(sweep: Sweep, command: Command) -> Outcome | None:
+    """Run one command; afterwards its scores are in MLflow too. ``None`` if it was interrupted."""
+    begun = command.run and resuming.stage(command.run) != "new"
+    parent = {"MLFLOW_PARENT_RUN_ID": sweep.state["parent"]} if sweep.state["parent"] else {}
+    started = time.perf_counter()
+    status = sweep.call(Command((*command.words, "--resume")) if begun else command, parent)
+    took = round(time.perf_counter() - started, 1)
+    if status == 130:
+        return None
+    if status:
+        sweep.note(command, status=FAILED, exit=status, seconds=took, finished=time.time())
+        log = sweep.call.log_of(command) if isinstance(sweep.call, Processes) else None
+        return Outcome(command, FAILED, f"exit status {status}, see {log or 'above'}", took)
+    sweep.note(command, status=DONE, seconds=took, finished=time.time())
+    if command.evaluated:
+        with _TRACKING:
+            experiments_records.track(command.evaluated)
+    return Outcome(command, DONE, seconds=took)

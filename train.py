@@ -159,6 +159,9 @@ def check(args: argparse.Namespace) -> None:
         problems.append(f"--dropout {args.dropout}; must be below 1")
     if args.full and args.bits in (4, 8):
         problems.append(f"--full with --bits {args.bits}; quantised weights cannot be trained; use --bits 16 with --full")
+    if args.patience and (args.balance != "none" or args.focal):
+        problems.append("--patience with --balance or --focal; validation loss, which is neither, does not tell when to stop; "
+                        "leave --patience out")  # fmt: skip
     problems += models.wrong_pixels(args.min_pixels, args.max_pixels)
     cli.check(problems)
     prompt_variants.check(args.prompts, args.task)

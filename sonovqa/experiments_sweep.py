@@ -201,15 +201,13 @@ def run_all(work: Sequence[tuple[Sweep, Command]], jobs: int = 1) -> list[Outcom
     with ThreadPoolExecutor(jobs) as pool:
         try:
             while waiting or running:
-                for place in [one for one in waiting if all(k in outcomes for k in one.after)]:
-                    if len(running) == jobs or stopped:
-                        break
-                    waiting.remove(place)
-                    _begin(place, total, outcomes, running, pool)
-                if not running:
-                    if stopped:
-                        raise KeyboardInterrupt
+                ready = next((one for one in waiting if all(k in outcomes for k in one.after)), None)
+                if ready and len(running) < jobs and not stopped:
+                    waiting.remove(ready)
+                    _begin(ready, total, outcomes, running, pool)
                     continue
+                if not running:
+                    raise KeyboardInterrupt
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     place = running.pop(future)
                     outcome = future.result()
@@ -221,6 +219,8 @@ def run_all(work: Sequence[tuple[Sweep, Command]], jobs: int = 1) -> list[Outcom
                 if isinstance(call, Processes):
                     call.end()
             raise
+    if stopped:
+        raise KeyboardInterrupt
     return [outcomes[number] for number in range(total)]
 
 

@@ -50,11 +50,17 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
             "peak_memory_bytes": max([records.peak_memory(), *(entry.get("peak_memory_bytes", 0) for entry in curve)]),
             "loss": mean_loss(curve),
             "resumed_at": progress.resumed_at,
-            "best_validation_loss": trainer.state.best_metric,
+            "kept_step": trainer.state.best_global_step or trainer.state.global_step,  # whose weights are the result
+            "best_validation_loss": best_validation_loss(curve),
             "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
             "curve": curve,
         },
     }
+
+
+def best_validation_loss(curve: list[dict]) -> float | None:
+    """The least validation loss of a curve, whichever checkpoint was kept; ``None`` without a validation split."""
+    return min((entry["eval_loss"] for entry in curve if "eval_loss" in entry), default=None)
 
 
 def mean_loss(curve: list[dict]) -> float:
@@ -126,9 +132,10 @@ def save(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict) -> 
 def say_end(args: argparse.Namespace, folder: Path, run: dict) -> None:
     """The run in four lines: time and memory, merge check, files, what comes next."""
     made, check = run["training"], run.get("merge_check")
+    loss = float("nan") if made["best_validation_loss"] is None else made["best_validation_loss"]
     console.print(
         f"trained {made['steps']} steps in {records.duration(made['seconds'])}: {made['answers_per_second']:.1f} answers/s, "
-        f"peak {records.gigabytes(made['peak_memory_bytes'])}, validation loss {made['best_validation_loss'] or float('nan'):.4f}"
+        f"peak {records.gigabytes(made['peak_memory_bytes'])}, least validation loss {loss:.4f}; kept: step {made['kept_step']}"
     )
     if check:
         console.print(

@@ -34,15 +34,17 @@ def versions() -> dict[str, str]:
 def commit() -> dict:
     """``{"commit": hash or None, "dirty": bool or None}`` of the project's own checkout.
 
-    Where it was copied without its history (a container, a box for measuring), the hash is the environment's ``GIT_COMMIT``.
+    Where it was copied without its history (a container, a box for measuring), the environment's ``GIT_COMMIT`` names it.
     """
+    if os.environ.get("GIT_COMMIT"):
+        return {"commit": os.environ["GIT_COMMIT"], "dirty": None}
     try:
         run = lambda *words: subprocess.run(  # noqa: E731
             ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True
         ).stdout.strip()
         return {"commit": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--untracked-files=no"))}
     except (OSError, subprocess.CalledProcessError):
-        return {"commit": os.environ.get("GIT_COMMIT"), "dirty": None}
+        return {"commit": None, "dirty": None}
 
 
 def device() -> dict:

@@ -31,7 +31,7 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
     Args:
         args: the arguments, all filled in.
         folder: where checkpoints go.
-        validate: whether there is a validation split whose loss chooses the best checkpoint.
+        validate: whether there is a validation split; its loss chooses the best checkpoint, see `keeps_best`.
         steps: optimiser steps.
     """
     cuda, dtype = torch.cuda.is_available(), models.compute_dtype()
@@ -60,8 +60,8 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         save_strategy="no" if args.dry_run else "steps",
         save_steps=args.eval_every,
         restore_callback_states_from_checkpoint=True,
-        load_best_model_at_end=validate,
-        metric_for_best_model="eval_loss" if validate else None,
+        load_best_model_at_end=validate and keeps_best(args),
+        metric_for_best_model="eval_loss" if validate and keeps_best(args) else None,
         dataloader_num_workers=workers,
         dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
@@ -70,6 +70,15 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
     )
+
+
+def keeps_best(args) -> bool:
+    """Whether the checkpoint of the least validation loss is the result: only where that loss is the one trained on.
+
+    The validation split keeps its classes as they are and is never weighted. Judged by it, a model that learns to name a rare
+    class looks worse the better it does so, and the checkpoint kept would be the one before it began (experiments.md, 7).
+    """
+    return args.balance == "none" and not args.focal
 
 
 class Draws(SeedableRandomSampler):

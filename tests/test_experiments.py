@@ -16,8 +16,8 @@ import evaluate
 import prepare_dataset
 import train
 from sonovqa import bench_train, experiments, experiments_blocks, experiments_records, files, phantoms, records, tables
-from sonovqa.experiments_sweep import DONE
 from sonovqa.experiments_blocks import Command
+from sonovqa.experiments_sweep import DONE
 from sonovqa.splits import assign
 
 PAGE = ROOT / "experiments.md"

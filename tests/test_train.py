@@ -80,6 +80,29 @@ def test_balanced_and_focal_runs_say_what_they_weigh(base, data, tmp_path, capsy
     assert entry["step_seconds"] > entry["data_wait_seconds"] > 0
 
 
+@pytest.mark.parametrize(("how", "keeps"), [((), "best"), (("--focal", "2"), "last"), (("--balance", "loss"), "last")])
+def test_validation_loss_chooses_the_checkpoint_only_where_it_is_what_is_trained(base, data, tmp_path, monkeypatch, how, keeps):
+    """The validation loss grows; it never holds a balance or focal weight, so a run that learns these keeps its last step."""
+    grown = iter(range(1, 9))
+    monkeypatch.setattr("sonovqa.losses.weighted_sum", _growing(losses.weighted_sum, grown))
+    made = run(base, data, tmp_path, "kept", "--no-merge", "--task", "Q7", *how, steps=4, eval_every=1)
+    steps = {"best": 1, "last": 4}
+    assert made["training"]["kept_step"] == steps[keeps]
+    kept = load_file(tmp_path / "kept" / "adapter" / "adapter_model.safetensors")
+    stored = load_file(tmp_path / "kept" / "checkpoints" / f"checkpoint-{steps[keeps]}" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in kept.items())
+
+
+def _growing(weighted_sum, times):
+    """The loss of the project, greater from one validation to the next."""
+
+    def grown(*given):
+        total = weighted_sum(*given)
+        return total if torch.is_grad_enabled() else total * next(times)
+
+    return grown
+
+
 def test_a_step_whose_answers_all_weigh_nothing_leaves_the_weights_finite(base, data, tmp_path):
     """Separate sequences, one a step: most steps hold no Q2."""
     zero = [f"Q{k}=0" for k in (1, 3, 4, 5, 6, 7, 8)]

@@ -215,7 +215,7 @@ def read_data(args: argparse.Namespace, loaded, model):
     splits = dataset.load_undecoded(args.data)
     if args.max_images:
         splits["train"] = dataset.subset(splits["train"], args.max_images, args.seed)
-    return splits, Encoder(loaded.processor, model, own_positions=not family.shares_prefix)
+    return splits, Encoder(loaded.processor, model)
 
 
 def plan(args: argparse.Namespace, splits, encoder) -> dict:

@@ -8,7 +8,7 @@ import logging as stdlib_logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import adapters, memory, torchvision_ops, weights
+from sonovqa import adapters, families, memory, torchvision_ops, weights
 from sonovqa.cli import UserError
 from sonovqa.weights import check_folder
 
@@ -66,18 +66,21 @@ def locate(name: str) -> str:
     return name
 
 
-def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, None)):
+def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, None), family: families.Family | None = None):
     """The processor of a model, its pixel budget set.
 
     Args:
         name: a local folder or hub id.
         pixels: fewest and most pixels an image is resized to; ``None`` keeps the model's own.
+        family: whose chat template it gets if it has none.
     """
     torchvision_ops.declare()
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(name)
     processor.tokenizer.padding_side = "right"
+    if family and not processor.chat_template:
+        processor.chat_template = family.template
     set_pixels(processor, *pixels)
     return processor
 
@@ -166,7 +169,7 @@ def load_for_training(name: str, bits: int, pixels=(None, None), backend: str = 
     """
     backend, why = choose_backend(backend)
     model = _load_unsloth(name, bits, checkpointing) if backend == "unsloth" else _load_transformers(name, bits)
-    return Loaded(model, load_processor(name, pixels), backend, why)
+    return Loaded(model, load_processor(name, pixels, families.of(model.config)), backend, why)
 
 
 def quiet() -> None:
@@ -324,4 +327,4 @@ def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, p
     if adapter is not None:
         model = adapters.attach(model, adapter)
     source = str(adapter) if adapter is not None and (Path(adapter) / "processor_config.json").exists() else name
-    return model.eval(), load_processor(source, pixels)
+    return model.eval(), load_processor(source, pixels, families.of(model.config))

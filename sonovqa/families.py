@@ -69,25 +69,29 @@ LAST_QUESTION = (
     "{%- endfor -%}"
 )
 
-_QWEN = {"shares_prefix": True, "why_not": "", "pixel_budget": True, "unsloth": True}
+_QWEN = {"shares_prefix": True, "why_not": "", "vision": ("visual",), "pixel_budget": True, "unsloth": True}
+_TOWER, _MODEL = ("vision_tower", "multi_modal_projector"), ("vision_model", "multi_modal_projector")
 #: By ``model_type`` of the configuration.
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", **_QWEN),
     "qwen2_5_vl": Family("Qwen2.5-VL", **_QWEN),
     "qwen3_vl": Family("Qwen3-VL", **_QWEN),
-    "llava": Family("LLaVA-1.5", True, "", unsloth=True),
+    "llava": Family("LLaVA-1.5", True, "", vision=_TOWER, unsloth=True),
     "mllama": Family(
         "Llama 3.2 Vision", why_not="its image stands in cross-attention, not in the sequence", system_turn=False,
-        unsloth=True, not_served="vLLM dropped it in 0.10.2",
+        vision=_MODEL, unsloth=True, not_served="vLLM dropped it in 0.10.2",
     ),
-    "gemma3": Family("Gemma 3 (MedGemma 4B)", why_not="its image tokens see each other both ways, in windows", unsloth=True),
+    "gemma3": Family(
+        "Gemma 3 (MedGemma 4B)", why_not="its image tokens see each other both ways, in windows", vision=_TOWER, unsloth=True
+    ),
     "blip-2": Family(
-        "BLIP-2 OPT", why_not="it takes no positions of one's own", template=QUESTION_ANSWER, vision=("vision_model", "qformer"),
+        "BLIP-2 OPT", why_not="it takes no positions of one's own", template=QUESTION_ANSWER,
+        vision=("vision_model", "qformer", "language_projection"),
         lora=Lora(8, 16, 0.05, ("q_proj", "v_proj")), bits=8,
     ),
     "florence2": Family(
         "Florence-2", why_not="its encoder reads image and question both ways", template=LAST_QUESTION, encoder_decoder=True,
-        not_served="vLLM has it in a plugin only",
+        vision=_TOWER, not_served="vLLM has it in a plugin only",
     ),
 }  # fmt: skip
 
@@ -107,3 +111,14 @@ def of_model(name: str) -> Family:
     from sonovqa import weights
 
     return of_type("qwen3_vl" if name.partition("-")[0] == "tiny" else weights.config_of(name).get("model_type"))
+
+
+def unread_layers(config) -> tuple[str, ...]:
+    """Parts of the names of vision layers whose output nothing reads: LLaVA-1.5 takes its image from the last layer but one
+    (arXiv:2310.03744, section 3), and an adapter on the last would never learn anything."""
+    chosen = getattr(config, "vision_feature_layer", None)
+    if not isinstance(chosen, int):
+        return ()
+    count = config.vision_config.num_hidden_layers
+    first = chosen if chosen >= 0 else count + 1 + chosen
+    return tuple(f"encoder.layers.{k}." for k in range(first, count))

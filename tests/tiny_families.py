@@ -145,6 +145,7 @@ def mllama(tokenizer):
 
 def gemma3(tokenizer):
     """``(model, processor)`` of Gemma 3, whose image-text form MedGemma 4B is: windows shorter than a prompt."""
+    import torch
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
 
     special = ("<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>",
@@ -154,11 +155,14 @@ def gemma3(tokenizer):
     text = LLAMA | {"num_hidden_layers": 2, "head_dim": 32, "vocab_size": len(own), "sliding_window": 16, **_ids(own),
                     "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": True}  # fmt: skip
     config = Gemma3Config(
-        text_config=text, vision_config=TOWER | {"image_size": 56, "patch_size": 14}, mm_tokens_per_image=4,
+        text_config=text, mm_tokens_per_image=4,
+        vision_config=TOWER | {"image_size": 56, "patch_size": 14, "vision_use_head": False},
         **{f"{name.replace('_token', '')}_token_index": own.convert_tokens_to_ids(token) for name, token in marks.items()},
     )  # fmt: skip
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # it starts at zero
     images = Gemma3ImageProcessor(size={"height": 56, "width": 56})
-    return Gemma3ForConditionalGeneration(config), Gemma3Processor(images, own, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
+    return model, Gemma3Processor(images, own, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
 
 
 def blip_2(tokenizer):

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sonovqa import cli, memory, models, planning, prompt_variants, records, resuming, weighting
+from sonovqa import cli, families, memory, models, planning, prompt_variants, records, resuming, weighting
 from sonovqa.cli import UserError, console
 from sonovqa.questions import TASKS
 
@@ -58,11 +58,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--backend", choices=("auto", "unsloth", "transformers"), default="auto", help="auto: Unsloth wherever CUDA allows"
     )
-    model.add_argument("--bits", type=int, choices=(4, 8, 16), help="of the frozen base (unset: 4, tiny: 16)")
+    model.add_argument("--bits", type=int, choices=(4, 8, 16), help="of the frozen base (unset: 4, BLIP-2: 8, tiny: 16)")
     model.add_argument("--full", action="store_true", help="train all weights instead of LoRA; needs --bits 16")
-    model.add_argument("--rank", type=int, default=16, help="LoRA rank")
-    model.add_argument("--alpha", type=int, default=16, help="LoRA alpha; updates are scaled by alpha / rank")
-    model.add_argument("--dropout", type=float, default=0.0, help="LoRA dropout")
+    model.add_argument("--rank", type=int, help="LoRA rank (unset: 16, BLIP-2: 8)")
+    model.add_argument("--alpha", type=int, help="LoRA alpha; updates are scaled by alpha / rank (unset: 16)")
+    model.add_argument("--dropout", type=float, help="LoRA dropout (unset: 0, BLIP-2: 0.05)")
     for name in ("vision", "language", "attention", "mlp"):
         model.add_argument(f"--{name}", action=flag, default=True, help=f"train {name} layers")
     model.add_argument("--checkpointing", action=flag, default=True, help="recompute activations: less memory, a third slower")
@@ -155,7 +155,7 @@ def check(args: argparse.Namespace) -> None:
     problems += cli.out_of_range(
         args, counts, ("focal", "weight_decay", "warmup", "workers", "seed", "dropout"), ("epochs", "lr")
     )
-    if args.dropout >= 1:
+    if args.dropout is not None and args.dropout >= 1:
         problems.append(f"--dropout {args.dropout}; must be below 1")
     if args.full and args.bits in (4, 8):
         problems.append(f"--full with --bits {args.bits}; quantised weights cannot be trained; use --bits 16 with --full")
@@ -166,9 +166,13 @@ def check(args: argparse.Namespace) -> None:
     cli.check(problems)
     prompt_variants.check(args.prompts, args.task)
     tiny = args.model.partition("-")[0] == "tiny"
-    args.bits = args.bits or (16 if tiny or args.full else 4)
-    if args.max_pixels is None:
+    family = families.of_model(args.model if tiny else models.locate(args.model))
+    args.bits = args.bits or (16 if tiny or args.full else family.bits)
+    if args.max_pixels is None and family.pixel_budget:
         args.max_pixels = None if tiny else 512 * 512
+    for name in ("rank", "alpha", "dropout"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(family.lora, name))
 
 
 def name_run(args: argparse.Namespace) -> Path:
@@ -188,7 +192,7 @@ def name_run(args: argparse.Namespace) -> Path:
 
 
 def load(args: argparse.Namespace):
-    backend, why = models.choose_backend(args.backend)
+    backend, why = models.choose_backend(args.backend, families.of_model(args.model))
     if backend == "unsloth":
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
     base = models.locate(args.model)
@@ -207,7 +211,7 @@ def adapt(args: argparse.Namespace, loaded):
 
 
 def read_data(args: argparse.Namespace, loaded, model):
-    from sonovqa import dataset, families
+    from sonovqa import dataset
     from sonovqa.batching import Encoder
 
     family = families.of(model.config)
@@ -218,7 +222,7 @@ def read_data(args: argparse.Namespace, loaded, model):
     splits = dataset.load_undecoded(args.data)
     if args.max_images:
         splits["train"] = dataset.subset(splits["train"], args.max_images, args.seed)
-    return splits, Encoder(loaded.processor, model, own_positions=not family.shares_prefix)
+    return splits, Encoder(loaded.processor, model)
 
 
 def plan(args: argparse.Namespace, splits, encoder) -> dict:

@@ -11,17 +11,21 @@ M-RoPE's (Qwen2-VL, arXiv:2409.12191, section 2.1) for the families that have it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from sonovqa import chat
+from sonovqa import chat, families
 from sonovqa.questions import REPORT_ID
 
 IGNORED = -100  # torch's `ignore_index`: a token without loss
+#: A processor's marks a token; after the prefix comes text, which is 0, or sees the image as the prefix's last token does.
 _TYPE_KEYS = ("mm_token_type_ids", "token_type_ids")
-_TEXT_KEYS = ("input_ids", "attention_mask", *_TYPE_KEYS)
+_SIGHT_KEYS = ("cross_attention_mask",)
+_TEXT_KEYS = ("input_ids", "attention_mask", *_TYPE_KEYS, *_SIGHT_KEYS)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Prefix:
     Attributes:
         ids: token ids, image tokens expanded, ``[P]``.
         positions: rotary positions, ``[3, P]`` for M-RoPE families, else ``[P]``.
-        types: the processor's own marks a token (such as ``mm_token_type_ids``), by name, ``[P]`` each.
+        types: the processor's own marks a token (such as ``mm_token_type_ids``), by name, ``[P, …]`` each.
     """
 
     ids: torch.Tensor
@@ -42,6 +46,16 @@ class Prefix:
     def end(self) -> int:
         """First position after the prefix: M-RoPE counts an image as its longer side, so this is not ``P``."""
         return int(self.positions.max()) + 1
+
+    def types_with(self, length: int) -> dict[str, torch.Tensor]:
+        """The marks of the prefix and ``length`` tokens of text after it, ``[P + length, …]`` each."""
+        made = {}
+        for key, marks in self.types.items():
+            more = (
+                marks[-1:].expand(length, *marks.shape[1:]) if key in _SIGHT_KEYS else marks.new_zeros(length, *marks.shape[1:])
+            )
+            made[key] = torch.cat([marks, more])
+        return made
 
 
 @dataclass(frozen=True)
@@ -64,17 +78,22 @@ class Encoder:
 
     Args:
         processor: a Hugging Face processor; its image sizes are the pixel budget.
-        model: the model the ids are for; its `get_rope_index` gives M-RoPE positions. ``None`` for plain positions.
-        own_positions: the model makes positions and mask itself, from the processor's marks: for families that take no
-            others (`families.Family.shares_prefix`). Then a row holds one branch.
+        model: the model the ids are for; its `get_rope_index` gives M-RoPE positions. ``None`` for a Qwen-VL's processor alone
+            and plain positions.
+
+    Attributes:
+        family: of the model. Unless it shares a prefix, the model makes positions and mask itself, from the processor's
+            marks, and a row holds one branch.
+        starts: of an encoder-decoder, the tokens that its decoder begins with; else empty.
     """
 
-    def __init__(self, processor, model=None, own_positions: bool = False):
-        self.own_positions = own_positions
+    def __init__(self, processor, model=None):
+        self.family = families.of_type("qwen3_vl") if model is None else families.of(model.config)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = chat.Template(processor)
-        self._rope = _rope_index(model)
+        self.template = chat.Template(processor, self.family.system_turn)
+        self.starts = _decoder_starts(model.config) if self.family.encoder_decoder else []
+        self._rope = _rope_index(model) if self.family.shares_prefix else None
 
     def prefixes(self, images: Sequence, contexts: Sequence[str | None]) -> tuple[list[Prefix], dict[str, torch.Tensor]]:
         """Encode one prefix an image.
@@ -88,36 +107,81 @@ class Encoder:
             ``pixel_values`` ``[sum of patches, patch values]`` and ``image_grid_thw`` ``[N, 3]``).
         """
         told = [chat.context_for(context, image.size) for context, image in zip(contexts, images, strict=True)]
-        texts = [self.template.prefix(context) for context in told]
-        made = self.processor(text=texts, images=list(images), padding=True, padding_side="right", return_tensors="pt")
+        made = self.inputs([self.template.prefix(context) for context in told], images)
         types = made.get("mm_token_type_ids")
         lengths = made["attention_mask"].sum(dim=1).tolist()
         vision = {key: value for key, value in made.items() if key not in _TEXT_KEYS}
         found = []
         for i, length in enumerate(lengths):
+            if self.starts and made["input_ids"][i, length - 1] == self.tokenizer.eos_token_id:
+                length -= 1  # the processor ends the text, but here a question follows
             ids = made["input_ids"][i, :length]
             if self._rope is None:
                 positions = torch.arange(length)
             else:
                 grid = vision["image_grid_thw"][i : i + 1]
                 positions = self._rope(ids[None], types[i : i + 1, :length], image_grid_thw=grid)[0][:, 0]
-            marks = {key: made[key][i, :length] for key in _TYPE_KEYS if key in made}
+            marks = {key: made[key][i, :length] for key in (*_TYPE_KEYS, *_SIGHT_KEYS) if key in made}
             found.append(Prefix(ids, positions, marks))
         return found, vision
 
+    def inputs(self, texts: list[str], images: Sequence):
+        """What the processor makes of ``N`` rendered texts and their images, padded on the right; the tokenizer adds its
+        beginning of text where the template did not."""
+        begun = bool(self.tokenizer.bos_token) and texts[0].startswith(self.tokenizer.bos_token)
+        more = {"add_special_tokens": False} if begun else {}
+        each = [[image] for image in images]
+        return self.processor(text=texts, images=each, padding=True, padding_side="right", return_tensors="pt", **more)
+
     def branch(self, prompt: str, answer: str | None = None, weight: float = 1.0) -> Branch:
         """Encode one question and, in training, its answer and end of turn. They are tokenised apart, as at inference
-        the prompt ends where the answer begins."""
-        asked = self._ids(self.template.branch(prompt))
-        told = [] if answer is None else self._ids(answer + self.template.end_of_turn)
+        the prompt ends where the answer begins; the answer as it is behind that end, where some tokenizers have other tokens
+        than at the beginning of a text."""
+        asked = self._ids(self.template.branch(prompt)) + ([self.tokenizer.eos_token_id] if self.starts else [])
+        told = [] if answer is None else self._answer_ids(answer)
         return Branch(asked + told, len(asked), weight)
+
+    def batch(self, prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]]) -> dict[str, torch.Tensor]:
+        """`assemble` for this family: as it is, for a model that makes its own positions, or for an encoder-decoder."""
+        if self.starts:
+            return assemble_apart(prefixes, [branch for (branch,) in branches], self.starts, self.tokenizer.pad_token_id)
+        batch = assemble(prefixes, branches, self.tokenizer.pad_token_id)
+        if not self.family.shares_prefix:
+            del batch["position_ids"]
+            batch |= _padded_types(prefixes, [sum(len(b.ids) for b in row) for row in branches])
+        return batch
+
+    def asked(self, prefixes: Sequence[Prefix], branches: Sequence[Branch]) -> dict[str, torch.Tensor]:
+        """Prefixes with a question each to be answered by a model that makes its own positions: ``input_ids``,
+        ``attention_mask`` and the processor's marks, ``[R, L, …]``, padded on the left."""
+        rows = [torch.cat([p.ids, torch.tensor(b.ids)]) for p, b in zip(prefixes, branches, strict=True)]
+        padding = {"batch_first": True, "padding_side": "left"}
+        ids = pad_sequence(rows, padding_value=self.tokenizer.pad_token_id, **padding)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], **padding)
+        types = _padded_types(prefixes, [len(b.ids) for b in branches], left=True)
+        return {"input_ids": ids, "attention_mask": mask} | types
 
     def prefix_lengths(self, sizes: Sequence[tuple[int, int]], contexts: Sequence[str | None]) -> list[int]:
         """Tokens of each prefix from image sizes ``(width, height)`` alone: nothing is decoded or resized."""
-        counted = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
         contexts = [chat.context_for(context, size) for context, size in zip(contexts, sizes, strict=True)]
         text = {context: len(self._ids(self.template.prefix(context))) for context in set(contexts)}
-        return [text[context] - 1 + n for context, n in zip(contexts, counted.num_image_tokens, strict=True)]
+        if self.family.pixel_budget:
+            counted = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
+            return [text[context] - 1 + n for context, n in zip(contexts, counted.num_image_tokens, strict=True)]
+        return [text[context] + self._added_tokens for context in contexts]
+
+    @functools.cached_property
+    def _added_tokens(self) -> int:
+        """Tokens that the processor adds to a prefix's text for an image of any size, the beginning of text among them."""
+        from PIL import Image
+
+        (prefix,), _ = self.prefixes([Image.new("RGB", (64, 64))], [None])
+        return len(prefix.ids) - len(self._ids(self.template.prefix(None)))
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        tail, text = self.template.tail, self.template.lead + answer + self.template.end_of_turn
+        before, whole = self._ids(tail), self._ids(tail + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -158,6 +222,38 @@ def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], p
     return {"input_ids": ids, "position_ids": positions, "segments": segments, "labels": labels, "weights": weights}
 
 
+def assemble_apart(
+    prefixes: Sequence[Prefix], branches: Sequence[Branch], starts: Sequence[int], pad_id: int
+) -> dict[str, torch.Tensor]:
+    """Lay out a batch for an encoder-decoder: prefix and question for the encoder, the answer for the decoder.
+
+    Args:
+        prefixes, branches: ``R`` of each.
+        starts: tokens that the decoder begins with.
+        pad_id: token id of padding, which stands on the right: such models count positions from the left.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` ``[R, L]``; ``decoder_input_ids``, and as `assemble` gives them ``segments``,
+        ``labels`` and ``weights``, ``[R, D]``. Labels stand where their tokens are, as in `assemble`.
+    """
+    read = [torch.cat([p.ids, torch.tensor(b.ids[: b.asked])]) for p, b in zip(prefixes, branches, strict=True)]
+    written = [torch.tensor([*starts, *b.ids[b.asked :]]) for b in branches]
+    ids = pad_sequence(read, batch_first=True, padding_value=pad_id)
+    decoder = pad_sequence(written, batch_first=True, padding_value=pad_id)
+    lengths = torch.tensor([len(row) for row in written])[:, None]
+    at = torch.arange(decoder.shape[1])[None]
+    told = (at >= len(starts)) & (at < lengths)
+    weight = torch.tensor([b.weight for b in branches])[:, None]
+    return {
+        "input_ids": ids,
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in read], batch_first=True),
+        "decoder_input_ids": decoder,
+        "segments": torch.where(at >= lengths, -1, told.long()),
+        "labels": decoder.masked_fill(~told, IGNORED),
+        "weights": told * weight,
+    }
+
+
 def attention_mask(segments: torch.Tensor) -> torch.Tensor:
     """Who may attend to whom, from `assemble`'s ``segments`` ``[R, L]``: boolean ``[R, 1, L, L]``, True = may attend.
 
@@ -189,8 +285,8 @@ class Collator:
     augmentation: object = None
 
     def __call__(self, plan: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Batch the plan's items ``{split, row, branches, weights}``, with an augmentation ``draw`` too; see `assemble` for
-        what comes back, with the vision tensors; with ``own_positions`` the processor's marks instead of positions."""
+        """Batch the plan's items ``{split, row, branches, weights}``, with an augmentation ``draw`` too; see `Encoder.batch`
+        for what comes back, with the vision tensors."""
         rows = [self.source[item["split"]][item["row"]] for item in plan]
         images = [chat.open_image(row["image"]["bytes"]) for row in rows]
         for i, item in enumerate(plan):
@@ -202,11 +298,7 @@ class Collator:
             tasks = chat.tasks_of(row, self.task, self.variant)
             chosen = zip(item["branches"], item["weights"], strict=True)
             branches.append([self.encoder.branch(tasks[k]["prompt"], tasks[k]["answer"], weight) for k, weight in chosen])
-        batch = assemble(prefixes, branches, self.encoder.tokenizer.pad_token_id)
-        if self.encoder.own_positions:
-            del batch["position_ids"]
-            batch |= _padded_types(prefixes, batch["input_ids"].shape[1])
-        return batch | vision
+        return self.encoder.batch(prefixes, branches) | vision
 
     def _only_asked(self, row: dict) -> dict:
         """The row with the questions of the task: what nobody asks need not stay true of the picture."""
@@ -214,14 +306,17 @@ class Collator:
         return {**row, "questions": kept}
 
 
-def _padded_types(prefixes: Sequence[Prefix], length: int) -> dict[str, torch.Tensor]:
-    """The processor's marks as ``[R, length]``: text, which is 0, after the prefix."""
-    made = {}
-    for key in prefixes[0].types:
-        made[key] = torch.zeros((len(prefixes), length), dtype=torch.long)
-        for r, prefix in enumerate(prefixes):
-            made[key][r, : len(prefix.ids)] = prefix.types[key]
-    return made
+def _padded_types(prefixes: Sequence[Prefix], lengths: Sequence[int], left: bool = False) -> dict[str, torch.Tensor]:
+    """The processor's marks of prefixes with so many tokens of text after them, ``[R, L, …]``, padded with 0."""
+    rows = [prefix.types_with(length) for prefix, length in zip(prefixes, lengths, strict=True)]
+    side = "left" if left else "right"
+    return {key: pad_sequence([row[key] for row in rows], batch_first=True, padding_side=side) for key in rows[0]}
+
+
+def _decoder_starts(config) -> list[int]:
+    """What an encoder-decoder's decoder is given before its answer: its start, then the beginning of text that BART forces."""
+    text = config.get_text_config(decoder=True)
+    return [token for token in (text.decoder_start_token_id, text.bos_token_id) if token is not None]
 
 
 def _rope_index(model):

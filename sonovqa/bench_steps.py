@@ -102,7 +102,8 @@ def prepare(work: Work, processor, model, size: tuple[int, int], pairs: int) -> 
     split, n = like_rows(work.data)
     images = images_of(pairs, n)
     split = resized(drawn(split, images * work.prepared, work.data, work.seed), size)
-    encoder = Encoder(processor, model, own_positions=not _shares(model, work.batching))
+    _check_sharing(model, work.batching)
+    encoder = Encoder(processor, model)
     plan = planning.plan_split(split, "train", encoder, "all", "default", work.batching == "shared", 1 << 20)
     each = 1 if work.batching == "shared" else n  # sequences an image
     micro = min(work.micro or images, images) * each
@@ -288,12 +289,11 @@ def _load(work: Work):
     return loaded, model
 
 
-def _shares(model, batching: str) -> bool:
+def _check_sharing(model, batching: str) -> None:
     family = families.of(model.config)
     if batching == "shared" and not family.shares_prefix:
         raise UserError(f"--batching shared; {family.name} cannot share an image among its questions ({family.why_not}); "
                         "use --batching separate")  # fmt: skip
-    return family.shares_prefix
 
 
 def _text_tokens(encoder) -> int:

@@ -116,32 +116,52 @@ def openai_messages(image: bytes, prompt: str, context: str | None = None, mime:
     return turns
 
 
+def folded(turns: list[dict]) -> list[dict]:
+    """Messages whose system text begins the first question, for templates without a system turn beside an image."""
+    system, first, *rest = turns
+    picture, question = first["content"]
+    text = {"type": "text", "text": f"{system['content'][0]['text']}\n{question['text']}"}
+    return [{"role": first["role"], "content": [picture, text]}, *rest]
+
+
 class Template:
     """A processor's chat template cut at its seams, so that an image's questions can share their prefix.
 
-    ``prefix(context) + branch(prompt) + answer + end_of_turn`` is what the processor's own template renders for
-    `messages`, up to white space after the end of the turn. `tests/test_chat.py` holds it to that.
+    ``prefix(context) + branch(prompt) + lead + answer + end_of_turn`` is what the processor's own template renders for
+    `messages`, up to white space after the end of the turn. `tests/test_chat.py` holds it to that. A template that leaves
+    the end of an answer open gets the tokenizer's end of text: a model would else never learn to stop.
 
     Args:
         processor: a Hugging Face processor with a chat template.
+        system_turn: whether its template takes a system turn; else the text goes where `folded` puts it.
+
+    Attributes:
+        tail, lead: what stands between question and answer: before the model begins to write, and written by it.
+        end_of_turn: what the model writes after its answer.
 
     Raises:
         ValueError: if the template reorders or rewrites what it is given, so that no prefix is shared.
     """
 
-    def __init__(self, processor):
-        self._render = processor.apply_chat_template
-        whole = self._render(messages(None, _QUESTION, answer=_ANSWER), tokenize=False)
-        asked = self._render(messages(None, _QUESTION), tokenize=False, add_generation_prompt=True)
+    def __init__(self, processor, system_turn: bool = True):
+        self._processor, self.system_turn = processor, system_turn
+        whole = self.render(messages(None, _QUESTION, answer=_ANSWER))
+        asked = self.render(messages(None, _QUESTION), ask=True)
         if asked.count(_QUESTION) != 1 or whole.count(_ANSWER) != 1 or not whole.startswith(asked):
             raise ValueError("the chat template does not render question and answer once, in order")
         self.tail = asked.split(_QUESTION)[1]
-        self.end_of_turn = whole.split(_ANSWER)[1].rstrip()
+        self.lead = whole[len(asked) :].split(_ANSWER)[0]
+        self.end_of_turn = whole.split(_ANSWER)[1].rstrip() or processor.tokenizer.eos_token
+
+    def render(self, turns: list[dict], ask: bool = False) -> str:
+        """Messages as `messages` makes them, further turns allowed, as text; with ``ask`` up to where the answer begins."""
+        turns = turns if self.system_turn else folded(turns)
+        return self._processor.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a handful of templates live as long as the process
     def prefix(self, context: str | None = None) -> str:
         """System text, image placeholder and context: what all questions of one image share."""
-        return self._render(messages(None, _QUESTION, context), tokenize=False, add_generation_prompt=True).split(_QUESTION)[0]
+        return self.render(messages(None, _QUESTION, context), ask=True).split(_QUESTION)[0]
 
     def branch(self, prompt: str) -> str:
         """One question from the end of the shared prefix to where the answer begins."""

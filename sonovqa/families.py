@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What ``train.py`` takes where ``--rank``, ``--alpha`` and ``--dropout`` are not given.
+
+    Attributes:
+        targets: last parts of the names of the layers that are trained; empty: every linear layer.
+    """
+
+    rank: int = 16
+    alpha: int = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -14,22 +28,97 @@ class Family:
         shares_prefix: whether several questions can stand in one sequence behind their image: the model takes a mask of
             ``[rows, 1, length, length]`` and positions of one's own. `tests/test_shared_prefix.py` proves those that say so.
         why_not: why it does not, in a few words.
+        template: a chat template (Jinja) for processors that have none; ``None``: the processor's own.
+        system_turn: whether the template takes a system turn beside an image; if not, the system text begins the question.
+        encoder_decoder: image and question are read by an encoder, the answer is written by a decoder of its own.
+        vision: parts of the names of vision modules.
+        pixel_budget: whether an image keeps its proportions within fewest and most pixels; else it gets one fixed size.
+        lora, bits: train.py's defaults.
+        unsloth: whether Unsloth's ``FastVisionModel`` loads it; tried where there is CUDA.
+        not_served: why vLLM does not serve it; empty: it does.
     """
 
     name: str
-    shares_prefix: bool
-    why_not: str = ""
+    shares_prefix: bool = False
+    why_not: str = "no test has shown that it takes this mask and these positions"
+    template: str | None = None
+    system_turn: bool = True
+    encoder_decoder: bool = False
+    vision: tuple[str, ...] = ("visual", "vision")
+    pixel_budget: bool = False
+    lora: Lora = field(default_factory=Lora)
+    bits: int = 4
+    unsloth: bool = False
+    not_served: str = ""
 
 
+_TEXT = "{%- for part in message.content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- endif -%}{%- endfor -%}"
+#: BLIP-2's prompt for questions (arXiv:2301.12597, section 4.2); its processor sets the image's tokens before the text.
+QUESTION_ANSWER = (
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' -%}{{- 'Question: ' -}}" + _TEXT + "{{- ' Answer:' -}}"
+    "{%- elif message.role == 'assistant' -%}{{- ' ' -}}" + _TEXT + "{%- if not loop.last -%}{{- ' ' -}}{%- endif -%}"
+    "{%- endif -%}{%- endfor -%}"
+)
+#: Florence-2 reads one instruction (arXiv:2311.06242, section 3.1) and remembers no earlier ones.
+LAST_QUESTION = (
+    "{%- set last = messages | map(attribute='role') | list | length - 1 -%}"
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' and loop.index0 >= last - 1 -%}" + _TEXT + "{%- endif -%}"
+    "{%- if message.role == 'assistant' and loop.last -%}" + _TEXT + "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+_QWEN = {"shares_prefix": True, "why_not": "", "vision": ("visual",), "pixel_budget": True, "unsloth": True}
+_TOWER, _MODEL = ("vision_tower", "multi_modal_projector"), ("vision_model", "multi_modal_projector")
 #: By ``model_type`` of the configuration.
 FAMILIES = {
-    "qwen2_vl": Family("Qwen2-VL", True),
-    "qwen2_5_vl": Family("Qwen2.5-VL", True),
-    "qwen3_vl": Family("Qwen3-VL", True),
-}
+    "qwen2_vl": Family("Qwen2-VL", **_QWEN),
+    "qwen2_5_vl": Family("Qwen2.5-VL", **_QWEN),
+    "qwen3_vl": Family("Qwen3-VL", **_QWEN),
+    "llava": Family("LLaVA-1.5", True, "", vision=_TOWER, unsloth=True),
+    "mllama": Family(
+        "Llama 3.2 Vision", why_not="its image stands in cross-attention, not in the sequence", system_turn=False,
+        vision=_MODEL, unsloth=True, not_served="vLLM dropped it in 0.10.2",
+    ),
+    "gemma3": Family(
+        "Gemma 3 (MedGemma 4B)", why_not="its image tokens see each other both ways, in windows", vision=_TOWER, unsloth=True
+    ),
+    "blip-2": Family(
+        "BLIP-2 OPT", why_not="it takes no positions of one's own", template=QUESTION_ANSWER,
+        vision=("vision_model", "qformer", "language_projection"),
+        lora=Lora(8, 16, 0.05, ("q_proj", "v_proj")), bits=8,
+    ),
+    "florence2": Family(
+        "Florence-2", why_not="its encoder reads image and question both ways", template=LAST_QUESTION, encoder_decoder=True,
+        vision=_TOWER, not_served="vLLM has it in a plugin only",
+    ),
+}  # fmt: skip
 
 
 def of(config) -> Family:
     """The family of a model's configuration; one that nothing is known of trains separate rows."""
-    kind = config.model_type
-    return FAMILIES.get(kind) or Family(kind, False, "no test has shown that it takes this mask and these positions")
+    return of_type(config.model_type)
+
+
+def of_type(kind: str | None) -> Family:
+    """The family of a ``model_type``; see `of`."""
+    return FAMILIES.get(kind) or Family(kind or "this model")
+
+
+def of_model(name: str) -> Family:
+    """The family of a model folder, a hub id whose config.json is in the cache, or ``tiny``, before anything is loaded."""
+    from sonovqa import weights
+
+    return of_type("qwen3_vl" if name.partition("-")[0] == "tiny" else weights.config_of(name).get("model_type"))
+
+
+def unread_layers(config) -> tuple[str, ...]:
+    """Parts of the names of vision layers whose output nothing reads: LLaVA-1.5 takes its image from the last layer but one
+    (arXiv:2310.03744, section 3), and an adapter on the last would never learn anything."""
+    chosen = getattr(config, "vision_feature_layer", None)
+    if not isinstance(chosen, int):
+        return ()
+    count = config.vision_config.num_hidden_layers
+    first = chosen if chosen >= 0 else count + 1 + chosen
+    return tuple(f"encoder.layers.{k}." for k in range(first, count))

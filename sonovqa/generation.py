@@ -2,10 +2,13 @@
 
 The prefix (system text, image, context) runs once; its KV cache is then repeated for every question, and the branches
 are decoded together. Left padding stands before the prefix and between prefix and question; neither is ever attended to.
+A family that cannot share its prefix (`families.Family`) is asked every question with the image of its own, several in a
+batch, through transformers' own ``generate``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from sonovqa import chat, losses
-from sonovqa.batching import Branch, Encoder, Prefix, assemble
+from sonovqa.batching import Branch, Encoder, Prefix
 from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply
 
 
@@ -23,16 +26,16 @@ class LocalEngine:
     Args:
         model, processor: as `models.load_for_inference` gives them.
         batch_images: images decoded together; each brings all of its questions.
-        share: encode an image once for all its questions; off, every question is an image of its own (``batch_images`` 1:
-            one question at a time).
+        share: encode an image once for all its questions, if the family can; off, every question is an image of its own
+            (``batch_images`` 1: one question at a time).
         ignore_eos: answers do not end before ``max_new_tokens``: for measuring speed.
     """
 
     def __init__(self, model, processor, batch_images: int = 8, share: bool = True, ignore_eos: bool = False):
-        self.name = "local" if share else "local, each question by itself"
         self.model, self.encoder = model, Encoder(processor, model)
-        self.batch_images, self.share = batch_images, share
-        self.stop = set() if ignore_eos else _stop_ids(model, processor)
+        self.batch_images, self.share = batch_images, share and self.encoder.family.shares_prefix
+        self.name = "local" if self.share else "local, each question by itself"
+        self.stop = set() if ignore_eos else _stop_ids(model, self.encoder)
 
     def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
         """Greedy answers, image by image in the order asked; an image that cannot be decoded gives failed replies."""
@@ -54,7 +57,11 @@ class LocalEngine:
             return
         prefixes, vision = self.encoder.prefixes(images, [request.context for request in asked])
         branches = [[self.encoder.branch(prompt) for _, prompt in request.prompts] for request in asked]
-        tokens = greedy(self.model, prefixes, vision, branches, max_new_tokens, self.stop, self.encoder.tokenizer.pad_token_id)
+        if self.encoder.family.shares_prefix:
+            pad_id = self.encoder.tokenizer.pad_token_id
+            tokens = greedy(self.model, prefixes, vision, branches, max_new_tokens, self.stop, pad_id)
+        else:
+            tokens = each_alone(self.model, self.encoder, prefixes, vision, branches, max_new_tokens, self.stop)
         waited = time.perf_counter() - started  # every answer is there when the last one is
         pairs = [(request.image_id, question_id) for request in asked for question_id, _ in request.prompts]
         for (image_id, question_id), ids in zip(pairs, tokens, strict=True):
@@ -72,9 +79,10 @@ class LocalEngine:
                 for question_id, _, _ in request.prompts:
                     yield LabelReply(request.image_id, question_id, (), f"image not readable: {fault}")
                 continue
-            prefixes, vision = self.encoder.prefixes([image], [request.context])
             branches = [self.encoder.branch(prompt, text) for _, prompt, texts in request.prompts for text in texts]
-            told = iter(branch_likelihoods(self.model, prefixes[0], vision, branches, self.encoder.tokenizer.pad_token_id))
+            rows = [branches] if self.encoder.family.shares_prefix else [[branch] for branch in branches]
+            parts = [rows[k : k + self.batch_images] for k in range(0, len(rows), self.batch_images)]
+            told = (p for some in parts for p in branch_likelihoods(self.model, self.encoder, image, request.context, some))
             for question_id, _, texts in request.prompts:
                 yield LabelReply(request.image_id, question_id, tuple(next(told) for _ in texts))
 
@@ -84,20 +92,83 @@ def _one_by_one(requests: Iterable[ImageRequest]) -> Iterator[ImageRequest]:
 
 
 @torch.inference_mode()
-def branch_likelihoods(model, prefix: Prefix, vision: dict, branches: list[Branch], pad_id: int) -> list[float]:
-    """The natural log-likelihood of each branch's answer tokens (its end of turn among them) after the prefix.
+def branch_likelihoods(model, encoder: Encoder, image, context: str | None, rows: list[list[Branch]]) -> list[float]:
+    """The natural log-likelihood of each branch's answer tokens (its end of turn among them) after the image.
 
     Args:
-        prefix, vision: as `Encoder.prefixes` gives them for one image.
-        branches: with answers (`Encoder.branch`).
-        pad_id: id of padding; one row has none.
+        image, context: as `Encoder.prefixes` takes them.
+        rows: branches with answers (`Encoder.branch`), by the sequence they stand in.
     """
-    batch = assemble([prefix], [branches], pad_id) | vision
-    batch = {key: value.to(model.device) for key, value in batch.items()}
+    prefixes, vision = encoder.prefixes([image] * len(rows), [context] * len(rows))
+    batch = on_device(encoder.batch(prefixes, rows) | vision, model)
     logits, targets, _ = losses.answer_logits(model, batch)
     precise = logits if logits.dtype == torch.float64 else logits.float()
     each = -torch.nn.functional.cross_entropy(precise, targets, reduction="none")
-    return [float(part.sum()) for part in each.split([len(branch.ids) - branch.asked for branch in branches])]
+    return [float(part.sum()) for part in each.split([len(branch.ids) - branch.asked for row in rows for branch in row])]
+
+
+def on_device(batch: dict[str, torch.Tensor], model) -> dict[str, torch.Tensor]:
+    """The batch where the model is, its images in the model's type; loss weights keep theirs."""
+    cast = {key for key, value in batch.items() if value.is_floating_point() and key != "weights"}
+    return {key: value.to(model.device, model.dtype if key in cast else None) for key, value in batch.items()}
+
+
+@torch.inference_mode()
+def each_alone(
+    model,
+    encoder: Encoder,
+    prefixes: list[Prefix],
+    vision: dict,
+    branches: list[list[Branch]],
+    max_new_tokens: int,
+    stop: set[int],
+) -> list[list[int]]:
+    """Decode one branch a prefix greedily, all in one batch, for families that cannot share a prefix.
+
+    Args:
+        prefixes, vision: as `Encoder.prefixes` gives them for ``N`` images.
+        branches: one question each.
+        max_new_tokens, stop: as for `greedy`.
+
+    Returns:
+        ``N`` lists of token ids, the stop token included where one came.
+    """
+    if encoder.starts:
+        batch = encoder.batch(prefixes, branches)
+        batch = {key: batch[key] for key in ("input_ids", "attention_mask", "decoder_input_ids")}
+        given = len(encoder.starts)
+    else:
+        batch = encoder.asked(prefixes, [branch for (branch,) in branches])
+        given = batch["input_ids"].shape[1]
+    with _generating(model, encoder, max_new_tokens, stop):
+        made = model.generate(**on_device(batch | vision, model))
+    return [_until(row, stop) for row in made[:, given:].tolist()]
+
+
+def _until(ids: list[int], stop: set[int]) -> list[int]:
+    ends = [k for k, token in enumerate(ids) if token in stop]
+    return ids[: ends[0] + 1] if ends else ids
+
+
+@contextlib.contextmanager
+def _generating(model, encoder: Encoder, max_new_tokens: int, stop: set[int]):
+    """Inside, ``generate`` is greedy and goes by nothing else: it would fill what a call leaves open from the checkpoint's own
+    settings, such as Florence-2's three beams or the penalty on repetition of Qwen2.5-VL."""
+    from transformers import GenerationConfig
+
+    wanted = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=sorted(stop) or None,
+        pad_token_id=encoder.tokenizer.pad_token_id, decoder_start_token_id=next(iter(encoder.starts), None),
+    )  # fmt: skip
+    holders = [module for module in model.modules() if isinstance(vars(module).get("generation_config"), GenerationConfig)]
+    before = [module.generation_config for module in holders]
+    try:
+        for module in holders:
+            module.generation_config = wanted
+        yield
+    finally:
+        for module, own in zip(holders, before, strict=True):
+            module.generation_config = own
 
 
 @torch.inference_mode()
@@ -159,9 +230,11 @@ def stream(model, processor, messages: list[dict], max_new_tokens: int) -> Itera
 
     from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-    inputs = processor.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(model.device)
+    encoder = Encoder(processor, model)
+    image = messages[1]["content"][0]["image"]
+    inputs = on_device(encoder.inputs([encoder.template.render(messages, ask=True)], [image]), model)
+    if encoder.starts:
+        inputs |= {"decoder_input_ids": torch.tensor([encoder.starts], device=model.device)}
     pieces = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     faults: list[BaseException] = []
     left = threading.Event()  # the reader went away: Ctrl-C, or the generator was closed
@@ -171,8 +244,8 @@ def stream(model, processor, messages: list[dict], max_new_tokens: int) -> Itera
 
     def run():
         try:
-            model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=pieces,
-                           stopping_criteria=StoppingCriteriaList([stop]))  # fmt: skip
+            with _generating(model, encoder, max_new_tokens, _stop_ids(model, encoder)):
+                model.generate(**inputs, streamer=pieces, stopping_criteria=StoppingCriteriaList([stop]))
         except BaseException as fault:  # handed to the reader below: a thread's fault is printed nowhere else
             faults.append(fault)
             pieces.end()
@@ -200,8 +273,8 @@ def _left_padded(rows: list[tuple[torch.Tensor, torch.Tensor]], pad_id: int):
     return ids, mask, positions
 
 
-def _stop_ids(model, processor) -> set[int]:
+def _stop_ids(model, encoder: Encoder) -> set[int]:
     told = model.generation_config.eos_token_id
     ids = set(told if isinstance(told, list) else [told]) - {None}
-    end = processor.tokenizer.convert_tokens_to_ids(chat.Template(processor).end_of_turn)
+    end = encoder.tokenizer.convert_tokens_to_ids(encoder.template.end_of_turn)
     return ids | ({end} if isinstance(end, int) else set())

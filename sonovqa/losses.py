@@ -40,7 +40,7 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrappe
 
     Args:
         model: the model (or PEFT model) whose head is hooked.
-        batch: as `sonovqa.batching.assemble` gives it, with vision tensors, on the model's device. Without ``position_ids``
+        batch: as `batching.Encoder.batch` gives it, with vision tensors, on the model's device. Without ``position_ids``
             (one branch a row) the model makes positions and its causal mask itself.
         wrapped: what to call instead of ``model``, such as its DistributedDataParallel wrapper.
 
@@ -49,7 +49,10 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrappe
     """
     at = predicting(batch["labels"])
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_MODEL}
-    inputs["attention_mask"] = attention_mask(batch["segments"]) if "position_ids" in batch else (batch["segments"] >= 0).long()
+    if "position_ids" in batch:
+        inputs["attention_mask"] = attention_mask(batch["segments"])
+    elif "decoder_input_ids" not in batch:
+        inputs["attention_mask"] = (batch["segments"] >= 0).long()
     with logits_at(model, at):
         logits = (wrapped or model)(**inputs, use_cache=False).logits
     after = torch.roll(at, 1, dims=1)

@@ -80,7 +80,7 @@ def activation_bytes(config: dict, how: Training, element: int) -> float:
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     hidden, layers = text.get("hidden_size", 0), text.get("num_hidden_layers", 0)
     side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
-    tokens = how.images * ((how.pixels or 0) / side**2 + QUESTION_TOKENS)
+    tokens = how.images * ((how.pixels / side**2 if how.pixels else 0) + QUESTION_TOKENS)
     layer = tokens * hidden * 17 * element
     return tokens * hidden * layers * element + layer if how.checkpointing else layer * layers
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sonovqa import adapters, cli, files, models, resuming
+from sonovqa import adapters, cli, families, files, models, resuming
 from sonovqa.cli import UserError, console
 
 #: Bounds of the merge check. Rounding merged weights to 16 bits moves an answer's distribution by 1e-6 to 1e-3 nats, and
@@ -111,6 +111,8 @@ def check_rows(run: dict, processor, model) -> list[dict]:
 
     arguments = run["arguments"]
     splits = dataset.load_undecoded(Path(arguments["data"]))
+    if arguments["max_images"]:  # rows are numbered within what was trained on
+        splits["train"] = dataset.subset(splits["train"], arguments["max_images"], arguments["seed"])
     collate = Collator(splits, Encoder(processor, model), arguments["task"], run["prompt_variant"])
     return [collate([item]) for item in run["check_items"]]
 
@@ -153,7 +155,7 @@ def merge(folder: Path, gpu_memory: int | None = None) -> dict:
     run = files.read_json(folder / "plan.json")
     full = run["arguments"]["full"]
     base, adapter = (str(folder / "weights"), None) if full else (models.locate(run["base"]), folder / "adapter")
-    processor = models.load_processor(str(adapter or base))
+    processor = models.load_processor(str(adapter or base), family=families.of_model(base))
     model = _base_and_adapter(base, adapter, gpu_memory)
     batches = check_rows(run, processor, model)
     reference = answer_logits(model, batches)

@@ -8,7 +8,7 @@ import logging as stdlib_logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import adapters, memory, torchvision_ops, weights
+from sonovqa import adapters, families, memory, torchvision_ops, weights
 from sonovqa.cli import UserError
 from sonovqa.weights import check_folder
 
@@ -66,18 +66,21 @@ def locate(name: str) -> str:
     return name
 
 
-def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, None)):
+def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, None), family: families.Family | None = None):
     """The processor of a model, its pixel budget set.
 
     Args:
         name: a local folder or hub id.
         pixels: fewest and most pixels an image is resized to; ``None`` keeps the model's own.
+        family: whose chat template it gets if it has none.
     """
     torchvision_ops.declare()
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(name)
     processor.tokenizer.padding_side = "right"
+    if family and not processor.chat_template:
+        processor.chat_template = family.template
     set_pixels(processor, *pixels)
     return processor
 
@@ -120,8 +123,12 @@ def pixel_budget(processor) -> tuple[int, int] | None:
     return (size["shortest_edge"], size["longest_edge"]) if "longest_edge" in size else None
 
 
-def choose_backend(asked: str = "auto") -> tuple[str, str]:
-    """``(backend, reason)``: Unsloth needs a CUDA device and its package; everything else is transformers.
+def choose_backend(asked: str = "auto", family: families.Family | None = None) -> tuple[str, str]:
+    """``(backend, reason)``: Unsloth needs a CUDA device, its package and a family it knows; everything else is transformers.
+
+    Args:
+        asked: train.py's ``--backend``.
+        family: of the model; ``None``: not asked about.
 
     Raises:
         UserError: if ``unsloth`` was asked for and cannot be had.
@@ -133,13 +140,15 @@ def choose_backend(asked: str = "auto") -> tuple[str, str]:
         missing.append("no CUDA device")
     if importlib.util.find_spec("unsloth") is None:
         missing.append("unsloth is not installed")
+    if family and not family.unsloth:
+        missing.append(f"Unsloth is not used for {family.name}")
     if asked == "unsloth" and missing:
         raise UserError(
             f"--backend unsloth; {' and '.join(missing)}; use --backend auto, or pip install -r requirements.txt on a GPU box"
         )
     if asked == "transformers" or missing:
         return "transformers", "asked for" if asked == "transformers" else ", ".join(missing)
-    return "unsloth", "asked for" if asked == "unsloth" else "CUDA device and package found"
+    return "unsloth", "asked for" if asked == "unsloth" else "CUDA device, package and family found"
 
 
 def compute_dtype():
@@ -164,9 +173,9 @@ def load_for_training(name: str, bits: int, pixels=(None, None), backend: str = 
     Raises:
         UserError: if the backend cannot be had or the model not be loaded.
     """
-    backend, why = choose_backend(backend)
+    backend, why = choose_backend(backend, families.of_model(name))
     model = _load_unsloth(name, bits, checkpointing) if backend == "unsloth" else _load_transformers(name, bits)
-    return Loaded(model, load_processor(name, pixels), backend, why)
+    return Loaded(model, load_processor(name, pixels, families.of(model.config)), backend, why)
 
 
 def quiet() -> None:
@@ -282,19 +291,23 @@ def adapt(loaded: Loaded, how: Adapting):
 
 
 def lora_targets(model, how: Adapting) -> list[str]:
-    """Full names of the linear layers that ``how``'s toggles choose; the LM head is never one of them.
+    """Full names of the linear layers that ``how``'s toggles choose among its family's; the LM head is never one of them, nor
+    a layer whose output is not read.
 
-    A layer under ``visual``/``vision`` is vision's, every other language's; one with ``attn``/``attention`` in its name is
-    attention's, every other (feed-forward layers and the merger between the towers) the MLP's, as Unsloth sorts them.
+    A layer under one of the family's vision modules is vision's, every other language's; one with ``attn``/``attention`` in
+    its name is attention's, every other (feed-forward layers and the merger between the towers) the MLP's, as Unsloth sorts
+    them.
     """
     import torch
 
-    head = model.get_output_embeddings()
+    family, head, unread = families.of(model.config), model.get_output_embeddings(), families.unread_layers(model.config)
     names = []
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or module is head:
+        if not isinstance(module, torch.nn.Linear) or module is head or any(part in name for part in unread):
             continue
-        side = how.vision if "visual" in name or "vision" in name else how.language
+        if family.lora.targets and name.rpartition(".")[2] not in family.lora.targets:
+            continue
+        side = how.vision if any(part in name for part in family.vision) else how.language
         part = how.attention if "attn" in name or "attention" in name else how.mlp
         if side and part:
             names.append(name)
@@ -324,4 +337,4 @@ def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, p
     if adapter is not None:
         model = adapters.attach(model, adapter)
     source = str(adapter) if adapter is not None and (Path(adapter) / "processor_config.json").exists() else name
-    return model.eval(), load_processor(source, pixels)
+    return model.eval(), load_processor(source, pixels, families.of(model.config))

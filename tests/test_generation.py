@@ -9,7 +9,7 @@ import torch
 from conftest import noise_image
 from tiny_families import FAMILIES
 
-from sonovqa import chat
+from sonovqa import chat, families
 from sonovqa.engines import ImageRequest
 from sonovqa.generation import LocalEngine, stream
 
@@ -27,13 +27,17 @@ def png(image) -> bytes:
 
 
 def alone(model, processor, image, context, prompt, count) -> list[int]:
-    """What transformers' own ``generate`` says to one prompt."""
+    """What transformers' own ``generate`` says to one prompt, without the beams that Florence-2's settings ask for."""
+    turns = chat.messages(image, prompt, context)
     inputs = processor.apply_chat_template(
-        chat.messages(image, prompt, context), add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    )
+        turns if families.of(model.config).system_turn else chat.folded(turns),
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )  # fmt: skip
+    given = 2 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # a decoder's start and forced beginning
     with torch.inference_mode():
-        made = model.generate(**inputs, do_sample=False, max_new_tokens=count)
-    return made[0, inputs["input_ids"].shape[1] :].tolist()
+        made = model.generate(**inputs, do_sample=False, num_beams=1, no_repeat_ngram_size=0, forced_eos_token_id=None,
+                              max_new_tokens=count + model.config.is_encoder_decoder)  # fmt: skip
+    return made[0, given:].tolist()
 
 
 @pytest.mark.parametrize("share", [True, False])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import noise_image
-from tiny_families import FAMILIES
+from tiny_families import SHARING
 
 from sonovqa import batching, losses, models
 
@@ -22,10 +22,10 @@ SIZES = {0: (128, 96), 1: (60, 90), 2: (200, 80)}
 CONTEXT = {0: None, 1: "Pixel size: 0.0897 mm", 2: None}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=SHARING)
 def family(request, tokenizer):
     torch.manual_seed(0)
-    return FAMILIES[request.param](tokenizer)
+    return SHARING[request.param](tokenizer)
 
 
 @pytest.fixture
@@ -69,8 +69,10 @@ def adapted(model, processor, full: bool):
 
 
 def worst_relative(left: dict, right: dict) -> float:
+    """Biases of keys are left out: what is added to all keys alike moves no attention, so their gradient is rounding alone."""
     assert left.keys() == right.keys()
-    return max(((left[n] - right[n]).norm() / (right[n].norm() + 1e-300)).item() for n in left)
+    told = [n for n in left if not n.endswith("k_proj.bias")]
+    return max(((left[n] - right[n]).norm() / (right[n].norm() + 1e-300)).item() for n in told)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -85,7 +87,7 @@ def test_loss_and_gradients_equal_separate_samples(family, full, dtype, loss_bou
     shared = loss_and_gradients(model, batch_of(encoder, [0, 1, 2], split=False, weight=weight))
     separate = loss_and_gradients(model, batch_of(encoder, [0, 1, 2], split=True, weight=weight))
     assert shared[0] == pytest.approx(separate[0], rel=0, abs=loss_bound)
-    assert any("visual" in name for name in shared[1]), "the vision tower must be trained too"
+    assert any("vis" in name for name in shared[1]), "the vision tower must be trained too"
     assert all(g.norm() > 0 for n, g in separate[1].items() if "lora" in n or "proj" in n)
     assert worst_relative(shared[1], separate[1]) < gradient_bound
 
@@ -123,7 +125,7 @@ def test_a_wrong_mask_or_position_is_seen(family, fault, monkeypatch):
         causal = lambda segments: torch.ones(segments.shape[1], segments.shape[1], dtype=torch.bool).tril()[None, None]  # noqa: E731
         monkeypatch.setattr(losses, "attention_mask", causal)
     else:
-        batch["position_ids"][:, 0] = torch.arange(batch["position_ids"].shape[-1])
+        batch["position_ids"][..., 0, :] = torch.arange(batch["position_ids"].shape[-1])
     assert abs(loss_and_gradients(model, batch)[0] - right) > 1e-6
 
 

@@ -6,8 +6,10 @@ So a model that is refused here would not have run; one that is let through may 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from sonovqa import weights
 from sonovqa.cli import UserError
@@ -19,7 +21,10 @@ BITS = (16, 8, 4)
 QUANTISED = {4: 4.127 / 8, 8: 1.0}
 #: Parts of names of what is left in 16 bits (`models.load_for_training`): embeddings, head, vision.
 NOT_QUANTISED = ("embed_tokens", "lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector")
+BYTES = ("U8", "I8")  # types of weights that are stored quantised already
 CUDA_CONTEXT = 500e6  # bytes that CUDA's context and kernels take before any tensor
+#: Parts of names of tables of two dimensions that are no linear layer's.
+TABLES = ("embed", "embedding", "shared.weight")
 QUESTION_TOKENS = 300  # of system text, question and answer, beside an image
 
 
@@ -44,21 +49,39 @@ class Training:
     merge: bool = True
 
 
-def is_quantised(name: str, tensor: Tensor) -> bool:
-    """Whether a weight is a linear layer that bitsandbytes quantises; norms, biases, embeddings and vision stay as they are."""
-    return len(tensor.shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_QUANTISED)
+def is_linear(name: str) -> bool:
+    """Whether a tensor of two dimensions is a linear layer's matrix, by its name; the LM head is one."""
+    return name.endswith(".weight") and not any(part in name for part in TABLES)
 
 
-def weight_bytes(tensors: dict[str, Tensor], bits: int, element: int) -> float:
+def is_quantised(name: str, tensor: Tensor, skipped: Sequence[str] = NOT_QUANTISED) -> bool:
+    """Whether a weight is a linear layer that bitsandbytes quantises; norms, biases and embeddings stay as they are, and so
+    does what has a part of ``skipped`` in its name."""
+    return len(tensor.shape) == 2 and is_linear(name) and not any(part in name for part in skipped)
+
+
+def weight_bytes(
+    tensors: dict[str, Tensor],
+    bits: int,
+    element: int,
+    config: Mapping = MappingProxyType({}),
+    skipped: Sequence[str] = NOT_QUANTISED,
+) -> float:
     """Bytes of the weights once they are loaded.
 
     Args:
         tensors: the stored tensors, see `weights.of_model`.
         bits: 4, 8 or 16.
         element: bytes of an unquantised element: 2, or 4 on a CPU, which computes in fp32.
-    """
-    per = {True: QUANTISED.get(bits, element), False: element}
-    return sum(t.count * per[bits != 16 and is_quantised(name, t)] for name, t in tensors.items())
+        config: config.json; where embeddings are tied a stored LM head is not loaded.
+        skipped: see `is_quantised`.
+    """  # fmt: skip
+    tied = config.get("tie_word_embeddings") and any("embed_tokens" in name for name in tensors)
+    return sum(
+        tensor.count * (1 if tensor.dtype in BYTES else QUANTISED[bits] if bits != 16 and is_quantised(name, tensor, skipped)
+                        else element)
+        for name, tensor in tensors.items() if not (tied and name.endswith("lm_head.weight"))
+    )  # fmt: skip
 
 
 def trained_bytes(tensors: dict[str, Tensor], how: Training, element: int) -> float:
@@ -111,7 +134,7 @@ def check_inference(name: str, bits: int) -> None:
     tensors = weights.of_model(name)
     if tensors is None:
         return
-    cuda, element = _device()
+    cuda, element = device()
     need = {b: weight_bytes(tensors, b, element) + CUDA_CONTEXT * cuda for b in BITS}
     _refuse(name, bits, need, free(cuda), cuda)
 
@@ -121,7 +144,7 @@ def check_training(name: str, bits: int, how: Training) -> None:
     tensors = weights.of_model(name)
     if tensors is None:
         return
-    cuda, element = _device()
+    cuda, element = device()
     optimizer = how.optimizer or ("adamw_8bit" if cuda else "adamw_torch")
     how = replace(how, optimizer=optimizer, checkpointing=how.checkpointing and cuda)
     activations = activation_bytes(weights.config_of(name), how, element)
@@ -154,7 +177,8 @@ def _place(room: int, cuda: bool) -> str:
     return f"{gigabytes(room)} {'are free on the GPU' if cuda else 'of memory are free here'}"
 
 
-def _device() -> tuple[bool, int]:
+def device() -> tuple[bool, int]:
+    """Whether there is CUDA, and the bytes of an unquantised element there: 2, or 4 on a CPU, which computes in fp32."""
     import torch
 
     cuda = torch.cuda.is_available()

@@ -208,7 +208,7 @@ def qwen3_vl_8b() -> dict[str, weights.Tensor]:
 def test_a_model_that_does_not_fit_names_the_flag_that_would(free, bits, told, monkeypatch):
     monkeypatch.setattr(weights, "of_model", lambda name: qwen3_vl_8b())
     monkeypatch.setattr(memory, "free", lambda cuda: free)
-    monkeypatch.setattr(memory, "_device", lambda: (True, 2))
+    monkeypatch.setattr(memory, "device", lambda: (True, 2))
     if told is None:
         return memory.check_inference("8B", bits)
     with pytest.raises(UserError, match=told):
@@ -229,7 +229,7 @@ def test_training_is_checked_before_anything_is_loaded(base, data, tmp_path, mon
 def test_merging_that_will_not_fit_is_told_before_training(monkeypatch):
     monkeypatch.setattr(weights, "of_model", lambda name: qwen3_vl_8b())
     monkeypatch.setattr(weights, "config_of", lambda name: {"text_config": {"hidden_size": 4096, "num_hidden_layers": 36}})
-    monkeypatch.setattr(memory, "_device", lambda: (True, 2))
+    monkeypatch.setattr(memory, "device", lambda: (True, 2))
     monkeypatch.setattr(memory, "free", lambda cuda: 24e9 if cuda else 8e9)
     how = memory.Training(16, 2, 512 * 512, None, True)
     with pytest.raises(UserError, match=r"--merge; .* about 18 GB of main memory; 8 GB of memory are free here; use --no-merge"):

@@ -135,7 +135,7 @@ def check_inference(name: str, bits: int) -> None:
     if tensors is None:
         return
     cuda, element = device()
-    need = {b: weight_bytes(tensors, b, element) + CUDA_CONTEXT * cuda for b in BITS}
+    need = {b: weight_bytes(tensors, b, element, weights.config_of(name)) + CUDA_CONTEXT * cuda for b in BITS}
     _refuse(name, bits, need, free(cuda), cuda)
 
 
@@ -147,15 +147,15 @@ def check_training(name: str, bits: int, how: Training) -> None:
     cuda, element = device()
     optimizer = how.optimizer or ("adamw_8bit" if cuda else "adamw_torch")
     how = replace(how, optimizer=optimizer, checkpointing=how.checkpointing and cuda)
-    activations = activation_bytes(weights.config_of(name), how, element)
-    beside = trained_bytes(tensors, how, element) + activations + CUDA_CONTEXT * cuda
-    need = {b: weight_bytes(tensors, b, element) + beside for b in (BITS if how.rank else (16,))}
+    config = weights.config_of(name)
+    beside = trained_bytes(tensors, how, element) + activation_bytes(config, how, element) + CUDA_CONTEXT * cuda
+    need = {b: weight_bytes(tensors, b, element, config) + beside for b in (BITS if how.rank else (16,))}
     room = free(cuda)
     if how.rank == 0 and need[16] > room:
         raise UserError(f"--full; training all weights of {name} needs about {gigabytes(need[16])}; {_place(room, cuda)}; "
                         "leave --full out: LoRA trains a small part of them")  # fmt: skip
     _refuse(name, bits, need, room, cuda)
-    merging = weight_bytes(tensors, 16, 2 if cuda else 4)
+    merging = weight_bytes(tensors, 16, 2 if cuda else 4, config)
     room = free(False)
     if how.merge and (cuda or bits != 16) and merging > room:
         raise UserError(f"--merge; putting {name} together at the end needs about {gigabytes(merging)} of main memory; "

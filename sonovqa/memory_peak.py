@@ -30,6 +30,7 @@ class Workload:
         branch: tokens of the longest question.
         new_tokens: tokens of an answer.
         patches: patches of all these images, before any merging.
+        pixels: numbers that the processor makes of these images.
     """
 
     images: int
@@ -38,6 +39,7 @@ class Workload:
     branch: int
     new_tokens: int
     patches: int
+    pixels: int
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,11 @@ def workload(processor, config: Mapping, requests: Sequence[ImageRequest], at_on
     tower = config.get("vision_config") or {}
     side = tower.get("patch_size", 14)
     side = side[0] if isinstance(side, list) else side
-    patches = round(vision["pixel_values"].numel() / (3 * side**2 * _frames(vision, tower)))
+    pixels = vision["pixel_values"].numel()
+    patches = round(pixels / (3 * side**2 * _frames(vision, tower)))
     apart = 1 if _shares(config) else max(questions)  # every question of such a family brings its own copy of the image
     longest = max(len(prefix.ids) for prefix in prefixes)
-    return Workload(len(asked) * apart, sum(questions), longest, max(branches), tokens, patches * apart)
+    return Workload(len(asked) * apart, sum(questions), longest, max(branches), tokens, patches * apart, pixels * apart)
 
 
 def _frames(vision: Mapping, tower: Mapping) -> int:
@@ -106,35 +109,36 @@ def predict(tensors: dict[str, Tensor], config: Mapping, bits: int, element: int
     largest = max((t.count for name, t in tensors.items() if memory.is_quantised(name, t)), default=0) * (bits != 16)
     text = {name: t for name, t in tensors.items() if not any(part in name for part in VISION)}
     tower = {name: t for name, t in tensors.items() if name not in text}
-    length = work.prefix + work.branch + work.new_tokens
-    cache, repeated = _cache_bytes(text, config, work, length, element)
-    tokens = work.images * work.prefix, work.rows * work.branch
-    layer = max(tokens) * _token_bytes(text, bits, element)
-    parts = {
-        "weights": weights,
-        "KV cache": cache,
-        "attention": repeated,
-        "activations": layer,
-        "logits": work.rows * config.get("text_config", config).get("vocab_size", 0) * element,
-        "one layer's weights": {4: largest * element, 8: 0, 16: 0}[bits],
+    cache, repeated = _cache_bytes(text, work, element)
+    token, patch = _token_bytes(text, bits, element), _token_bytes(tower, 16, element)
+    logits = work.rows * config.get("text_config", config).get("vocab_size", 0) * element
+    beside = {
+        "pixels": work.pixels * 4,
+        "one layer's weights": largest * element * (bits == 4),
         "workspace": WORKSPACE * (element == 2),
     }
-    answering = sum(parts.values())
-    encoding = weights + work.patches * _token_bytes(tower, 16, element) + parts["workspace"]
-    loading = weights + largest * (2 * element + 1)  # one tensor at a time: as stored, its 16-bit copy, the quantised one
-    parts |= {"vision at its peak": encoding - weights, "loading at its peak": loading - weights}
-    return Prediction(round(weights), round(max(answering, encoding, loading)), {k: round(v) for k, v in parts.items()})
+    prefill = cache * work.images / work.rows + work.images * work.prefix * token
+    decoding = {"KV cache": cache, "one layer": max(repeated, work.rows * work.branch * token), "logits": logits}
+    stages = {  # each beside the weights; whichever is the most is the peak
+        "answers": sum((decoding | beside).values()),
+        "prefix": prefill + sum(beside.values()),
+        "vision": work.patches * patch + beside["pixels"] + beside["workspace"],
+        "loading": largest * (2 * element + 1),  # one tensor at a time: as stored, its 16-bit copy, the quantised one
+    }
+    parts = {"weights": weights} | decoding | beside | {f"most at {name}": count for name, count in stages.items()}
+    return Prediction(round(weights), round(weights + max(stages.values())), {k: round(v) for k, v in parts.items()})
 
 
-def _cache_bytes(text: Mapping[str, Tensor], config: Mapping, work: Workload, length: int, element: int) -> tuple[float, float]:
+def _cache_bytes(text: Mapping[str, Tensor], work: Workload, element: int) -> tuple[float, float]:
     """Bytes of the KV cache when the last token is made, and of one layer's keys and values beside it: its old ones while new
     ones are appended, or repeated for every attention head. Layers that attend to the image hold the image's tokens instead
     of the text's (Llama 3.2 Vision's cross-attention, arXiv:2407.21783, section 7.2), tower patches in number."""
+    length = work.prefix + work.branch + work.new_tokens
     own, cross = (_widths(text, crossing) for crossing in (False, True))
     image = work.patches / max(work.images, 1)
     cache = work.rows * element * (length * sum(own) + image * sum(cross))
     heads = max((t.shape[0] for name, t in text.items() if name.endswith("q_proj.weight")), default=0)
-    most = max((length * (bool(own)), image * bool(cross)))
+    most = max(length * bool(own), image * bool(cross))
     return cache, work.rows * most * 2 * max(heads, max(own, default=0) // 2) * element
 
 

@@ -109,11 +109,15 @@ def activation_bytes(config: dict, how: Training, element: int) -> float:
 
 
 def free(cuda: bool) -> int:
-    """Bytes free on the current CUDA device, or in main memory: what the system has left, within the control group's limit."""
+    """Bytes free on the current CUDA device, or in main memory: what the system has left, within the control group's limit.
+
+    A GPU that shares main memory (GB10) is asked for both: CUDA does not count the page cache as free, which is given back.
+    """
     if cuda:
         import torch
 
-        return torch.cuda.mem_get_info()[0]
+        told = torch.cuda.mem_get_info()[0]
+        return max(told, free(False)) if torch.cuda.get_device_properties().is_integrated else told
     import psutil
 
     return min(psutil.virtual_memory().available, *_group_room(Path("/sys/fs/cgroup")), 2**63)

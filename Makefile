@@ -6,7 +6,7 @@ REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirement
 DEMO_IMAGES ?= 2400
 DEMO_PORT ?= 8017
 
-.PHONY: demo test install lint experiment experiments-table bench
+.PHONY: demo test install lint doctor experiment experiments-table bench
 
 install: .venv/installed
 
@@ -32,6 +32,10 @@ test: install
 
 lint: install
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+
+# What this machine can do, and what is missing with the way out.
+doctor: install
+	@$(PY) -m sonovqa.doctor
 
 # `make experiment N=3` runs that block of experiments.md; MODEL, DATA, SEEDS and the like in front of it or behind.
 experiment: install

@@ -22,7 +22,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from sonovqa import bench_images, bench_records, bench_timing, bench_worker, cli, files, memory, predictions, records, serving
+from sonovqa import (
+    bench_images,
+    bench_predictions,
+    bench_records,
+    bench_timing,
+    bench_worker,
+    cli,
+    files,
+    memory,
+    predictions,
+    records,
+    serving,
+)
 from sonovqa.bench_worker import ENGINES, ONE_AT_A_TIME, SHARED, VLLM, Case
 from sonovqa.cli import console
 from sonovqa.serving_plan import ROOT
@@ -68,13 +80,12 @@ def run(args: argparse.Namespace) -> int:
     bench_records.start(args.record, "answer", settings, about)
     title = bench_images.in_words(about, args.new_tokens, args.ignore_eos)
     console.print(title, "prompts: " + " | ".join(about["prompts"]), sep="\n", markup=False, soft_wrap=True)
-    for case in cases(args, images):
-        done = {key_of(row) for row in bench_records.rows(args.record) if row["error"] is None}
-        levels = tuple(level for level, key in zip(case.levels, case.keys, strict=True) if key not in done)
-        if not levels:
-            continue
-        for row in measured(dataclasses.replace(case, levels=levels), args.limit, args.record.with_suffix(".cases")):
+    todo = missing(cases(args, images), bench_records.rows(args.record))
+    expected = predict(todo, requests, args.record)
+    for case in todo:
+        for row in measured(case, args.limit, args.record.with_suffix(".cases")):
             compared = with_identity(row, bench_records.rows(args.record), args.record.with_suffix(".cases"), args.ignore_eos)
+            compared = bench_predictions.beside(compared, expected)
             bench_records.add(args.record, compared)
             console.print(line(compared), markup=False, soft_wrap=True)
     found = latest(bench_records.rows(args.record))
@@ -84,6 +95,22 @@ def run(args: argparse.Namespace) -> int:
     )
     console.print(f"written: {args.record}", soft_wrap=True)
     return 0 if any(row["error"] is None for row in found) else 1
+
+
+def missing(wanted: Iterator[Case], rows: list[dict]) -> list[Case]:
+    """The cases, less what the record has measured already."""
+    done = {key_of(row) for row in rows if row["error"] is None}
+    left = [(case, tuple(n for n, key in zip(case.levels, case.keys, strict=True) if key not in done)) for case in wanted]
+    return [dataclasses.replace(case, levels=levels) for case, levels in left if levels]
+
+
+def predict(todo: list[Case], requests: list, record: Path) -> list[dict]:
+    """Predict the memory of every case: printed and in the record before the first is loaded."""
+    made = [entry for case in todo for entry in bench_predictions.of_case(case, requests)]
+    bench_records.note(record, "predictions", made)
+    for entry in made:
+        console.print(bench_predictions.in_words(entry), markup=False, soft_wrap=True)
+    return made
 
 
 def check(args: argparse.Namespace) -> None:
@@ -196,6 +223,15 @@ def _memory(row: dict, key: str) -> str:
     return memory.gigabytes(row[key]) if row.get(key) is not None else "–"
 
 
+def _beside(row: dict, what: str) -> str:
+    """``15.8 GB (16 GB, 0.99)``: measured, predicted, and the one over the other (`bench_predictions.beside`)."""
+    measured = _memory(row, f"memory_{what}")
+    if f"predicted_{what}" not in row:
+        return measured
+    ratio = f", {row[f'ratio_{what}']:.2f}" if f"ratio_{what}" in row else ""
+    return f"{measured} ({memory.gigabytes(row[f'predicted_{what}'])}{ratio})"
+
+
 def _image_seconds(row: dict) -> str:
     told = row.get("image_seconds")
     return "/".join(f"{told[name]:.3g}" for name in ("min", "mean", "median", "p95", "max")) if told else "–"
@@ -234,8 +270,9 @@ ROOM: bench_records.Columns = _WHO | {
     "on disk": lambda row: _memory(row, "disk_bytes"),
     "load s": lambda row: _number(row, "load_seconds", ".1f"),
     "before": lambda row: _memory(row, "memory_before"),
-    "loaded": lambda row: _memory(row, "memory_loaded"),
-    "peak": lambda row: _memory(row, "memory_peak"),
+    "loaded (predicted)": lambda row: _beside(row, "loaded"),
+    "peak (predicted)": lambda row: _beside(row, "peak"),
+    "device at peak": lambda row: _memory(row, "device_peak"),
     "memory is": lambda row: row.get("memory") or "–",
 }
 

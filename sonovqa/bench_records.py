@@ -77,6 +77,13 @@ def add(path: Path, row: dict) -> None:
         files.write_json(path, record | {"updated": records.now(), "rows": [*record["rows"], row]})
 
 
+def note(path: Path, key: str, entries: Sequence[dict]) -> None:
+    """Append to the record's list of ``key``, such as predictions that must stand there before what they predict."""
+    with _held(path):
+        record = files.read_json(path)
+        files.write_json(path, record | {"updated": records.now(), key: [*record.get(key, []), *entries]})
+
+
 def rows(path: Path) -> list[dict]:
     """The rows of the record at ``path``, an empty list where there is none."""
     return files.read_json(path)["rows"] if path.exists() else []

@@ -20,6 +20,7 @@ from sonovqa import bench_caches, bench_images, bench_serving, bench_timing, cli
 from sonovqa.cli import UserError
 from sonovqa.engines import ImageRequest
 
+TENSORS, RESIDENT = "torch's tensors", "resident set"  # what a row's memory is
 ONE_AT_A_TIME, SHARED, VLLM = ENGINES = ("one-at-a-time", "shared", "vllm")
 
 
@@ -68,7 +69,11 @@ def row_of(case: Case, level: int, told: dict) -> dict:
 
 
 def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
-    """Measure a model in this process; memory is torch's reserved memory on CUDA, this process's resident set without."""
+    """Measure a model in this process.
+
+    Memory is that of torch's tensors on CUDA, as papers give it; what its caching allocator reserved and what the device has
+    in use over before, CUDA's context among it, stand beside it. Without CUDA it is this process's resident set.
+    """
     from sonovqa import models, torchvision_ops
 
     models.locate(case.model)  # a name that is none says so before the slow imports
@@ -78,26 +83,38 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
 
     from sonovqa.generation import LocalEngine
 
-    cuda = torch.cuda.is_available()
+    cuda, device = torch.cuda.is_available(), bench_serving.device_used()
     bare = memory_now(cuda)
     started = time.perf_counter()
     model, processor = models.load_for_inference(case.model, case.bits, case.adapter and Path(case.adapter))
     told = {"load_seconds": round(time.perf_counter() - started, 2), "memory_before": bare, "memory_loaded": memory_now(cuda)}
-    told |= {"memory": "reserved by torch" if cuda else "resident set", "dtype": str(model.dtype).removeprefix("torch.")}
-    told |= {"disk_bytes": disk_bytes(case.model, case.adapter)}
+    told |= {"memory": TENSORS if cuda else RESIDENT, "dtype": str(model.dtype).removeprefix("torch.")}
+    told |= {"disk_bytes": disk_bytes(case.model, case.adapter), "memory_loading_peak": memory_peak(cuda)}
+    told |= _taken("loaded", device) if cuda else {}
     for level in case.levels:
         engine = LocalEngine(model, processor, level, case.engine == SHARED, case.ignore_eos)
         bench_timing.run_through(engine, bench_images.warm_up(requests, level), case.new_tokens)
         figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
-        yield row_of(case, level, told | figures | {"memory_peak": memory_peak(cuda), "answers": answers})
+        figures |= {"memory_peak": memory_peak(cuda)} | (_taken("peak", device) if cuda else {})
+        yield row_of(case, level, told | figures | {"answers": answers})
+
+
+def _taken(when: str, before: int | None) -> dict:
+    """What torch's allocator reserved (it gives nothing back, so after the last answer that is its peak), and what the whole
+    device has in use over ``before``, by nvidia-smi."""
+    import torch
+
+    used = bench_serving.device_used()
+    taken = None if used is None or before is None else used - before
+    return {f"reserved_{when}": torch.cuda.memory_reserved(), f"device_{when}": taken}
 
 
 def memory_now(cuda: bool) -> int:
-    """Bytes this process holds: reserved by torch on the device, or resident."""
+    """Bytes this process holds: in torch's tensors on the device, or resident."""
     if cuda:
         import torch
 
-        return torch.cuda.memory_reserved()
+        return torch.cuda.memory_allocated()
     return _status("VmRSS")
 
 
@@ -106,7 +123,7 @@ def memory_peak(cuda: bool) -> int:
     if cuda:
         import torch
 
-        return torch.cuda.max_memory_reserved()
+        return torch.cuda.max_memory_allocated()
     return _status("VmHWM")
 
 

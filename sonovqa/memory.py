@@ -6,8 +6,10 @@ So a model that is refused here would not have run; one that is let through may 
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from sonovqa import weights
 from sonovqa.cli import UserError
@@ -19,7 +21,10 @@ BITS = (16, 8, 4)
 QUANTISED = {4: 4.127 / 8, 8: 1.0}
 #: Parts of names of what is left in 16 bits (`models.load_for_training`): embeddings, head, vision.
 NOT_QUANTISED = ("embed_tokens", "lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector")
+BYTES = ("U8", "I8")  # types of weights that are stored quantised already
 CUDA_CONTEXT = 500e6  # bytes that CUDA's context and kernels take before any tensor
+#: Parts of names of tables of two dimensions that are no linear layer's.
+TABLES = ("embed", "embedding", "shared.weight")
 QUESTION_TOKENS = 300  # of system text, question and answer, beside an image
 
 
@@ -44,21 +49,39 @@ class Training:
     merge: bool = True
 
 
-def is_quantised(name: str, tensor: Tensor) -> bool:
-    """Whether a weight is a linear layer that bitsandbytes quantises; norms, biases, embeddings and vision stay as they are."""
-    return len(tensor.shape) == 2 and name.endswith(".weight") and not any(part in name for part in NOT_QUANTISED)
+def is_linear(name: str) -> bool:
+    """Whether a tensor of two dimensions is a linear layer's matrix, by its name; the LM head is one."""
+    return name.endswith(".weight") and not any(part in name for part in TABLES)
 
 
-def weight_bytes(tensors: dict[str, Tensor], bits: int, element: int) -> float:
+def is_quantised(name: str, tensor: Tensor, skipped: Sequence[str] = NOT_QUANTISED) -> bool:
+    """Whether a weight is a linear layer that bitsandbytes quantises; norms, biases and embeddings stay as they are, and so
+    does what has a part of ``skipped`` in its name."""
+    return len(tensor.shape) == 2 and is_linear(name) and not any(part in name for part in skipped)
+
+
+def weight_bytes(
+    tensors: dict[str, Tensor],
+    bits: int,
+    element: int,
+    config: Mapping = MappingProxyType({}),
+    skipped: Sequence[str] = NOT_QUANTISED,
+) -> float:
     """Bytes of the weights once they are loaded.
 
     Args:
         tensors: the stored tensors, see `weights.of_model`.
         bits: 4, 8 or 16.
         element: bytes of an unquantised element: 2, or 4 on a CPU, which computes in fp32.
-    """
-    per = {True: QUANTISED.get(bits, element), False: element}
-    return sum(t.count * per[bits != 16 and is_quantised(name, t)] for name, t in tensors.items())
+        config: config.json; where embeddings are tied a stored LM head is not loaded.
+        skipped: see `is_quantised`.
+    """  # fmt: skip
+    tied = config.get("tie_word_embeddings") and any("embed_tokens" in name for name in tensors)
+    return sum(
+        tensor.count * (1 if tensor.dtype in BYTES else QUANTISED[bits] if bits != 16 and is_quantised(name, tensor, skipped)
+                        else element)
+        for name, tensor in tensors.items() if not (tied and name.endswith("lm_head.weight"))
+    )  # fmt: skip
 
 
 def trained_bytes(tensors: dict[str, Tensor], how: Training, element: int) -> float:
@@ -86,11 +109,15 @@ def activation_bytes(config: dict, how: Training, element: int) -> float:
 
 
 def free(cuda: bool) -> int:
-    """Bytes free on the current CUDA device, or in main memory: what the system has left, within the control group's limit."""
+    """Bytes free on the current CUDA device, or in main memory: what the system has left, within the control group's limit.
+
+    A GPU that shares main memory (GB10) is asked for both: CUDA does not count the page cache as free, which is given back.
+    """
     if cuda:
         import torch
 
-        return torch.cuda.mem_get_info()[0]
+        told = torch.cuda.mem_get_info()[0]
+        return max(told, free(False)) if torch.cuda.get_device_properties().is_integrated else told
     import psutil
 
     return min(psutil.virtual_memory().available, *_group_room(Path("/sys/fs/cgroup")), 2**63)
@@ -111,8 +138,8 @@ def check_inference(name: str, bits: int) -> None:
     tensors = weights.of_model(name)
     if tensors is None:
         return
-    cuda, element = _device()
-    need = {b: weight_bytes(tensors, b, element) + CUDA_CONTEXT * cuda for b in BITS}
+    cuda, element = device()
+    need = {b: weight_bytes(tensors, b, element, weights.config_of(name)) + CUDA_CONTEXT * cuda for b in BITS}
     _refuse(name, bits, need, free(cuda), cuda)
 
 
@@ -121,18 +148,18 @@ def check_training(name: str, bits: int, how: Training) -> None:
     tensors = weights.of_model(name)
     if tensors is None:
         return
-    cuda, element = _device()
+    cuda, element = device()
     optimizer = how.optimizer or ("adamw_8bit" if cuda else "adamw_torch")
     how = replace(how, optimizer=optimizer, checkpointing=how.checkpointing and cuda)
-    activations = activation_bytes(weights.config_of(name), how, element)
-    beside = trained_bytes(tensors, how, element) + activations + CUDA_CONTEXT * cuda
-    need = {b: weight_bytes(tensors, b, element) + beside for b in (BITS if how.rank else (16,))}
+    config = weights.config_of(name)
+    beside = trained_bytes(tensors, how, element) + activation_bytes(config, how, element) + CUDA_CONTEXT * cuda
+    need = {b: weight_bytes(tensors, b, element, config) + beside for b in (BITS if how.rank else (16,))}
     room = free(cuda)
     if how.rank == 0 and need[16] > room:
         raise UserError(f"--full; training all weights of {name} needs about {gigabytes(need[16])}; {_place(room, cuda)}; "
                         "leave --full out: LoRA trains a small part of them")  # fmt: skip
     _refuse(name, bits, need, room, cuda)
-    merging = weight_bytes(tensors, 16, 2 if cuda else 4)
+    merging = weight_bytes(tensors, 16, 2 if cuda else 4, config)
     room = free(False)
     if how.merge and (cuda or bits != 16) and merging > room:
         raise UserError(f"--merge; putting {name} together at the end needs about {gigabytes(merging)} of main memory; "
@@ -154,7 +181,8 @@ def _place(room: int, cuda: bool) -> str:
     return f"{gigabytes(room)} {'are free on the GPU' if cuda else 'of memory are free here'}"
 
 
-def _device() -> tuple[bool, int]:
+def device() -> tuple[bool, int]:
+    """Whether there is CUDA, and the bytes of an unquantised element there: 2, or 4 on a CPU, which computes in fp32."""
     import torch
 
     cuda = torch.cuda.is_available()

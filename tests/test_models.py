@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import httpx
@@ -208,11 +209,39 @@ def qwen3_vl_8b() -> dict[str, weights.Tensor]:
 def test_a_model_that_does_not_fit_names_the_flag_that_would(free, bits, told, monkeypatch):
     monkeypatch.setattr(weights, "of_model", lambda name: qwen3_vl_8b())
     monkeypatch.setattr(memory, "free", lambda cuda: free)
-    monkeypatch.setattr(memory, "_device", lambda: (True, 2))
+    monkeypatch.setattr(memory, "device", lambda: (True, 2))
     if told is None:
         return memory.check_inference("8B", bits)
     with pytest.raises(UserError, match=told):
         memory.check_inference("8B", bits)
+
+
+@pytest.fixture
+def hub(base, monkeypatch) -> list[str]:
+    """A hub that has ``owner/model`` with the sizes of Qwen3-VL-8B; gives the files that were fetched from it."""
+    fetched = []
+
+    def fetch(name, file, **named):
+        fetched.append(file)
+        return str(base / file)
+
+    def metadata(name):
+        stored = {key: types.SimpleNamespace(shape=t.shape, dtype=t.dtype) for key, t in qwen3_vl_8b().items()}
+        return types.SimpleNamespace(files_metadata={"one": types.SimpleNamespace(tensors=stored)})
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", metadata)
+    monkeypatch.setattr(memory, "free", lambda cuda: 8_000_000_000)
+    return fetched
+
+
+def test_a_hub_model_that_will_not_fit_is_refused_before_its_weights_are_fetched(hub, data, tmp_path):
+    with pytest.raises(UserError, match=r"^owner/model needs about 35 GB in 16 bits; 8 GB of memory are free here; "):
+        models.load_for_inference("owner/model", 16)
+    words = ["--model", "owner/model", "--data", str(data), "--outputs", str(tmp_path), "--report-to", "none", "--bits", "4"]
+    with pytest.raises(UserError, match=r"^owner/model needs about \d+ GB in 4 bits; .* use a smaller model"):
+        train.main(words)
+    assert set(hub) == {"config.json"}
 
 
 def test_training_is_checked_before_anything_is_loaded(base, data, tmp_path, monkeypatch):
@@ -229,7 +258,7 @@ def test_training_is_checked_before_anything_is_loaded(base, data, tmp_path, mon
 def test_merging_that_will_not_fit_is_told_before_training(monkeypatch):
     monkeypatch.setattr(weights, "of_model", lambda name: qwen3_vl_8b())
     monkeypatch.setattr(weights, "config_of", lambda name: {"text_config": {"hidden_size": 4096, "num_hidden_layers": 36}})
-    monkeypatch.setattr(memory, "_device", lambda: (True, 2))
+    monkeypatch.setattr(memory, "device", lambda: (True, 2))
     monkeypatch.setattr(memory, "free", lambda cuda: 24e9 if cuda else 8e9)
     how = memory.Training(16, 2, 512 * 512, None, True)
     with pytest.raises(UserError, match=r"--merge; .* about 18 GB of main memory; 8 GB of memory are free here; use --no-merge"):

@@ -32,13 +32,13 @@ def qwen2_vl(tokenizer):
     return Qwen2VLForConditionalGeneration(config), _processor(Qwen2VLProcessor, tokenizer)
 
 
-def qwen2_5_vl(tokenizer):
+def qwen2_5_vl(tokenizer, out_hidden_size: int = 64):
     """``(model, processor)`` of Qwen2.5-VL, whose vision tower attends in windows."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
     vision = {
-        "depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 64, "patch_size": 14,
-        "window_size": 56, "fullatt_block_indexes": [1], "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "depth": 2, "hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": out_hidden_size,
+        "patch_size": 14, "window_size": 56, "fullatt_block_indexes": [1], "spatial_merge_size": 2, "temporal_patch_size": 2,
     }  # fmt: skip
     config = Qwen2_5_VLConfig(
         text_config=TEXT | {"vocab_size": len(tokenizer), "rope_parameters": ROPE, "bos_token_id": None, "eos_token_id": 2},

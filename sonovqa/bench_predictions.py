@@ -1,0 +1,80 @@
+"""What `bench answer` expects of memory, printed and in the record before a weight is loaded; and how right that was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sonovqa import bench_worker, memory, memory_peak, records, weights
+from sonovqa.bench_worker import SHARED, VLLM, Case
+from sonovqa.cli import UserError
+from sonovqa.engines import ImageRequest
+
+LORA_ELEMENT = 4  # PEFT keeps LoRA matrices in fp32 (`autocast_adapter_dtype`)
+
+
+def of_case(case: Case, requests: Sequence[ImageRequest]) -> list[dict]:
+    """A prediction for every level of a case, ``[]`` for a server, which takes as much memory as it is told to.
+
+    Returns:
+        ``model``, ``bits``, ``engine``, ``level``, and ``predicted_loaded``, ``predicted_peak`` and ``parts`` in bytes; or
+        ``why_not`` where the model's headers, configuration or processor cannot be had. Loading it will say the same.
+    """
+    if case.engine == VLLM or case.model is None:
+        return []
+    from sonovqa import models
+
+    try:
+        name = models.locate(case.model)
+        tensors, config = weights.of_model(name), weights.config_of(name)
+        if tensors is None or not config:
+            raise UserError("neither the hub's cache nor the hub tells its tensors")
+        processor = models.load_processor(case.adapter or name)
+        return [_entry(case, level) | _predicted(case, level, tensors, config, processor, requests) for level in case.levels]
+    except (UserError, OSError, ValueError) as fault:
+        return [_entry(case, level) | {"why_not": str(fault).splitlines()[0]} for level in case.levels]
+
+
+def _entry(case: Case, level: int) -> dict:
+    return {"model": case.label, "bits": case.bits, "engine": case.engine, "level": level, "made": records.now()}
+
+
+def _predicted(case: Case, level: int, tensors: dict, config: Mapping, processor, requests: Sequence[ImageRequest]) -> dict:
+    work = memory_peak.workload(processor, config, requests, level, case.engine == SHARED, case.new_tokens)
+    told = memory_peak.predict(tensors, config, case.bits, memory.device()[1], work)
+    lora = adapter_bytes(case.adapter)
+    parts = told.parts | {"LoRA": lora} if lora else told.parts
+    return {"predicted_loaded": told.loaded + lora, "predicted_peak": told.peak + lora, "parts": parts, "work": vars(work)}
+
+
+def adapter_bytes(adapter: str | None) -> int:
+    """Bytes of an adapter's matrices once they are loaded; 0 without one."""
+    path = Path(adapter or "") / "adapter_model.safetensors"
+    return sum(t.count for t in weights.of_file(path).values()) * LORA_ELEMENT if adapter and path.exists() else 0
+
+
+def in_words(entry: Mapping) -> str:
+    """A prediction as it is printed before anything is measured."""
+    who = f"{entry['model']} {entry['bits']} {entry['engine']} {entry['level']}"
+    if "why_not" in entry:
+        return f"no prediction for {who}: {entry['why_not']}"
+    loaded, peak = (memory.gigabytes(entry[key]) for key in ("predicted_loaded", "predicted_peak"))
+    beside = {name: count for name, count in entry["parts"].items() if name != "weights" and count >= 1e6}
+    told = ", ".join(f"{name} {memory.gigabytes(count)}" for name, count in beside.items())
+    return f"predicted for {who}: {loaded} loaded, {peak} at peak ({told})"
+
+
+def beside(row: dict, entries: Sequence[Mapping]) -> dict:
+    """The row with the last prediction of its case; on CUDA also measured over predicted, less what the process held before.
+
+    Without CUDA what is measured is the process's resident set, which holds every imported library as well: no ratio.
+    """
+    named = ("model", "bits", "engine", "level")
+    found = [entry for entry in entries if all(entry[name] == row[name] for name in named) and "why_not" not in entry]
+    if not found:
+        return row
+    told = {key: found[-1][key] for key in ("predicted_loaded", "predicted_peak")}
+    for what in ("loaded", "peak"):
+        if row.get("memory") == bench_worker.TENSORS:
+            told[f"ratio_{what}"] = round((row[f"memory_{what}"] - row["memory_before"]) / told[f"predicted_{what}"], 4)
+    return row | told

@@ -1,0 +1,159 @@
+"""How much memory answering takes at its peak, told from safetensors headers, the configuration and the processor alone.
+
+What is predicted is the memory of tensors (``torch.cuda.max_memory_allocated``), as the figures of papers are: torch's caching
+allocator reserves more, by fragmentation, and a process holds CUDA's context besides (`memory.CUDA_CONTEXT`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sonovqa import families, memory
+from sonovqa.engines import ImageRequest
+from sonovqa.weights import Tensor
+
+#: Parts of names of a vision tower and of what joins it to the language model.
+VISION = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "qformer", "language_projection")
+WORKSPACE = 34e6  # bytes of cuBLAS' workspace on Hopper, which torch's allocator provides (aten/src/ATen/cuda/CUDABlas)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What an engine has in work at one time.
+
+    Attributes:
+        images: images encoded together.
+        rows: answers decoded together.
+        prefix: tokens of the longest prefix, image tokens among them.
+        branch: tokens of the longest question.
+        new_tokens: tokens of an answer.
+        patches: patches of all these images, before any merging.
+        pixels: numbers that the processor makes of these images.
+    """
+
+    images: int
+    rows: int
+    prefix: int
+    branch: int
+    new_tokens: int
+    patches: int
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes: ``loaded`` once the weights lie where they compute, ``peak`` the most while loading or answering, and what the
+    peak is made of."""
+
+    loaded: int
+    peak: int
+    parts: dict[str, int]
+
+
+def workload(processor, config: Mapping, requests: Sequence[ImageRequest], at_once: int, share: bool, tokens: int) -> Workload:
+    """What `generation.LocalEngine` has in work: all questions of ``at_once`` images, or one question (``share`` off).
+
+    Args:
+        processor: the model's; the requests' first images go through it.
+        config: config.json.
+        requests: what will be asked.
+        at_once: images answered together.
+        share: whether an image is encoded once for all of its questions, where the family can.
+        tokens: new tokens an answer.
+    """
+    from sonovqa import chat
+    from sonovqa.batching import Encoder
+
+    encoder = Encoder(processor)
+    asked = requests[: at_once if share else 1]
+    prefixes, vision = encoder.prefixes([chat.open_image(one.image) for one in asked], [one.context for one in asked])
+    questions = [len(prompts) for prompts in (one.prompts if share else one.prompts[:1] for one in asked)]
+    branches = [len(encoder.branch(prompt).ids) for one in asked for _, prompt in one.prompts]
+    tower = config.get("vision_config") or {}
+    side = tower.get("patch_size", 14)
+    side = side[0] if isinstance(side, list) else side
+    pixels = vision["pixel_values"].numel()
+    patches = round(pixels / (3 * side**2 * _frames(vision, tower)))
+    apart = 1 if _shares(config) else max(questions)  # every question of such a family brings its own copy of the image
+    longest = max(len(prefix.ids) for prefix in prefixes)
+    return Workload(len(asked) * apart, sum(questions), longest, max(branches), tokens, patches * apart, pixels * apart)
+
+
+def _frames(vision: Mapping, tower: Mapping) -> int:
+    """How often a still image's patch stands in ``pixel_values``: Qwen-VL repeats it to the length of its time patch."""
+    return tower.get("temporal_patch_size", 2) if "image_grid_thw" in vision else 1
+
+
+def _shares(config: Mapping) -> bool:
+    known = families.FAMILIES.get(config.get("model_type"))
+    return known is not None and known.shares_prefix
+
+
+def predict(tensors: dict[str, Tensor], config: Mapping, bits: int, element: int, work: Workload) -> Prediction:
+    """Predict the memory of a model's tensors.
+
+    Args:
+        tensors: the stored tensors, see `weights.of_model`.
+        config: config.json.
+        bits: 4, 8 or 16.
+        element: bytes of an unquantised element: 2, or 4 on a CPU.
+        work: what is answered at one time.
+
+    Sources: the KV cache holds ``2 x layers x KV heads x head size`` elements a token (Pope et al. 2022, arXiv:2211.05102,
+    section 3.3); a matrix product with int8 weights gives int32 and then fp16 (LLM.int8(), arXiv:2208.07339, section 3.1,
+    `bitsandbytes.backends`); with 4-bit weights the weights are put back into 16 bits (QLoRA, arXiv:2305.14314, section 3).
+    """
+    weights = memory.weight_bytes(tensors, bits, element, config)
+    largest = max((t.count for name, t in tensors.items() if memory.is_quantised(name, t)), default=0) * (bits != 16)
+    text = {name: t for name, t in tensors.items() if not any(part in name for part in VISION)}
+    tower = {name: t for name, t in tensors.items() if name not in text}
+    cache, repeated = _cache_bytes(text, work, element)
+    token, patch = _token_bytes(text, bits, element), _token_bytes(tower, 16, element)
+    logits = work.rows * config.get("text_config", config).get("vocab_size", 0) * element
+    beside = {
+        "pixels": work.pixels * 4,
+        "one layer's weights": largest * element * (bits == 4),
+        "workspace": WORKSPACE * (element == 2),
+    }
+    prefill = cache * work.images / work.rows + work.images * work.prefix * token
+    decoding = {"KV cache": cache, "one layer": max(repeated, work.rows * work.branch * token), "logits": logits}
+    stages = {  # each beside the weights; whichever is the most is the peak
+        "answers": sum((decoding | beside).values()),
+        "prefix": prefill + sum(beside.values()),
+        "vision": work.patches * patch + beside["pixels"] + beside["workspace"],
+        "loading": largest * (2 * element + 1),  # one tensor at a time: as stored, its 16-bit copy, the quantised one
+    }
+    parts = {"weights": weights} | decoding | beside | {f"most at {name}": count for name, count in stages.items()}
+    return Prediction(round(weights), round(weights + max(stages.values())), {k: round(v) for k, v in parts.items()})
+
+
+def _cache_bytes(text: Mapping[str, Tensor], work: Workload, element: int) -> tuple[float, float]:
+    """Bytes of the KV cache when the last token is made, and of one layer's keys and values beside it: its old ones while new
+    ones are appended, or repeated for every attention head. Layers that attend to the image hold the image's tokens instead
+    of the text's (Llama 3.2 Vision's cross-attention, arXiv:2407.21783, section 7.2), tower patches in number."""
+    length = work.prefix + work.branch + work.new_tokens
+    own, cross = (_widths(text, crossing) for crossing in (False, True))
+    image = work.patches / max(work.images, 1)
+    cache = work.rows * element * (length * sum(own) + image * sum(cross))
+    heads = max((t.shape[0] for name, t in text.items() if name.endswith("q_proj.weight")), default=0)
+    most = max(length * bool(own), image * bool(cross))
+    return cache, work.rows * most * 2 * max(heads, max(own, default=0) // 2) * element
+
+
+def _widths(text: Mapping[str, Tensor], crossing: bool) -> list[int]:
+    """Elements of keys or values a token, of every layer's projections that read the text, or (``crossing``) the image."""
+    found = {name: t.shape[0] for name, t in text.items() if re.search(r"\.[kv]_proj\.weight$", name)}
+    return [width for name, width in found.items() if bool(re.search("cross_attn|encoder_attn", name)) == crossing]
+
+
+def _token_bytes(part: Mapping[str, Tensor], bits: int, element: int) -> float:
+    """Bytes that live at once in the widest layer for each of its tokens: in a gated feed-forward layer the activated gate,
+    the other half and their product beside the layer's input, its residual and the attention's output; in 8 bits the int32
+    sums and their fp16 copy as well."""
+    linear = [t for name, t in part.items() if len(t.shape) == 2 and memory.is_linear(name) and "lm_head" not in name]
+    if not linear:
+        return 0
+    widest, hidden = max(t.shape[0] for t in linear), max(min(t.shape) for t in linear)
+    return (3 * widest + 3 * hidden) * element + (6 * widest + 3 * hidden) * (bits == 8)

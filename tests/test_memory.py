@@ -1,0 +1,159 @@
+"""Predictions of memory: shapes of the real models against published figures and bitsandbytes, the peak against live tensors."""
+
+from __future__ import annotations
+
+import weakref
+from pathlib import Path
+
+import pytest
+import real_sizes
+import tiny_families
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sonovqa import bench_images, bench_predictions, bench_worker, files, memory, memory_peak, tiny, weights
+from sonovqa.memory_peak import Workload
+
+MIB = 2**20
+
+
+def test_the_documents_figures_of_qwen2_5_vl_7b():
+    """15,820 MB in 16 bits, 5,664 MB in NF4 with bitsandbytes' defaults, which leave the LM head alone: MiB after load."""
+    shapes = real_sizes.shapes("Qwen2.5-VL-7B")
+    assert memory.weight_bytes(shapes, 16, 2) / MIB == pytest.approx(15_820, rel=0.01)
+    assert memory.weight_bytes(shapes, 4, 2, skipped=("lm_head",)) / MIB == pytest.approx(5_664, rel=0.01)
+    assert memory.weight_bytes(shapes, 4, 2) / MIB == pytest.approx(6_580, rel=0.01), "here vision stays in 16 bits"
+
+
+@pytest.mark.parametrize("name", real_sizes.MODELS)
+def test_what_counts_as_quantised_is_what_bitsandbytes_replaces(name):
+    import bitsandbytes
+    from transformers import BitsAndBytesConfig
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+
+    kind, config = real_sizes.MODELS[name]()
+    with torch.device("meta"):
+        model = kind(config)
+    skipped = [f".*{part}" for part in memory.NOT_QUANTISED]
+    replace_with_bnb_linear(model, skipped, BitsAndBytesConfig(load_in_8bit=True))
+    replaced = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, bitsandbytes.nn.Linear8bitLt)}
+    assert replaced == {n for n, tensor in real_sizes.shapes(name).items() if memory.is_quantised(n, tensor)}
+    assert len(replaced) > 100
+
+
+def test_tied_heads_and_weights_stored_quantised_are_counted_as_they_are_loaded():
+    stored = {"model.embed_tokens.weight": weights.Tensor((10, 4), "BF16"), "lm_head.weight": weights.Tensor((10, 4), "BF16")}
+    assert memory.weight_bytes(stored, 16, 2) == 160
+    assert memory.weight_bytes(stored, 16, 2, {"tie_word_embeddings": True}) == 80
+    assert memory.weight_bytes({"model.up_proj.weight": weights.Tensor((80, 1), "U8")}, 4, 2) == 80
+
+
+def test_the_cache_is_two_numbers_a_layer_head_and_token():
+    """LLaVA-1.5-7B has no grouped heads: 2 x 32 layers x 4,096 x 2 bytes a token; Llama 3.2 Vision keeps the image's besides."""
+    work = Workload(images=1, rows=8, prefix=620, branch=40, new_tokens=40, patches=576, pixels=0)
+    predict = lambda name: memory_peak.predict(  # noqa: E731
+        real_sizes.shapes(name), real_sizes.meta_model(name).config.to_dict(), 16, 2, work
+    ).parts["KV cache"]
+    assert predict("LLaVA-1.5-7B") == 8 * 700 * 524_288
+    assert predict("Qwen2.5-VL-7B") == 8 * 700 * 2 * 28 * 4 * 128 * 2
+    assert predict("Llama-3.2-11B-Vision") == 8 * (700 * 32 + 576 * 8) * 2 * 8 * 128 * 2
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors made while it is on and still alive, and their most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.known:
+                storage = leaf.untyped_storage()
+                self.known[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.now -= self.known.pop(key)
+
+
+@pytest.fixture(scope="module", params=[(4, 4), (8, 2)], ids=["every head its keys", "grouped heads"])
+def model(request, tokenizer):
+    """A small Qwen2.5-VL whose activations weigh more than its weights, and its processor with 230 image tokens."""
+    heads, kv = request.param
+    side = 64
+    shape = {"hidden_size": side * heads, "intermediate_size": 4 * side * heads, "num_attention_heads": heads,
+             "num_key_value_heads": kv, "num_hidden_layers": 4}  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_families, "TEXT", tiny_families.TEXT | shape)
+        patch.setitem(tiny_families.ROPE, "mrope_section", [12, 10, 10])
+        made, processor = tiny_families.qwen2_5_vl(tokenizer, out_hidden_size=side * heads)
+    processor.image_processor.size = {"shortest_edge": 56 * 56, "longest_edge": 448 * 336}
+    return made.eval(), processor
+
+
+@pytest.mark.parametrize(("at_once", "share"), [(1, False), (1, True), (3, True)])
+def test_the_peak_is_that_of_all_live_tensors(model, at_once, share):
+    from sonovqa.generation import LocalEngine
+
+    made, processor = model
+    requests = bench_images.noise(at_once, (512, 384), 1)
+    engine = LocalEngine(made, processor, at_once, share, ignore_eos=True)
+    list(engine.answer(requests[:1], 2))  # what is made once is not counted
+    with Live() as live:
+        list(engine.answer(requests, 24))
+    stored = {name: weights.Tensor(tuple(t.shape), "F32") for name, t in made.state_dict().items()}
+    work = memory_peak.workload(processor, made.config.to_dict(), requests, at_once, share, 24)
+    told = memory_peak.predict(stored, made.config.to_dict(), 16, 4, work)
+    beside = told.peak - told.loaded
+    print(f"{live.peak / 1e6:.1f} MB live, {beside / 1e6:.1f} MB predicted beside weights of {told.loaded / 1e6:.1f} MB")
+    assert beside == pytest.approx(live.peak, rel=0.25)
+
+
+def case(model, **named) -> bench_worker.Case:
+    told = {"label": "m", "model": str(model), "adapter": None, "bits": 4, "engine": bench_worker.SHARED, "levels": (1, 2)}
+    return bench_worker.Case(**told | {"new_tokens": 8, "ignore_eos": True, "images": {}} | named)
+
+
+def test_a_case_is_predicted_from_its_headers_and_processor(base):
+    requests = bench_images.noise(2, (96, 64), 1)
+    one, two = bench_predictions.of_case(case(base), requests)
+    assert one["predicted_loaded"] == two["predicted_loaded"] < one["predicted_peak"] < two["predicted_peak"]
+    assert two["parts"]["KV cache"] == 2 * one["parts"]["KV cache"] and two["work"]["rows"] == 16
+    assert bench_predictions.in_words(one).startswith("predicted for m 4 shared 1: ")
+    assert bench_predictions.of_case(case(base, engine=bench_worker.VLLM), requests) == []
+    gone = bench_predictions.of_case(case("/no/such/model"), requests)
+    assert "no model folder at /no/such/model" in gone[0]["why_not"] and "no prediction for m 4" in bench_predictions.in_words(
+        gone[0]
+    )
+
+
+def test_a_measured_row_stands_beside_its_prediction():
+    row = {"model": "m", "bits": 4, "engine": "shared", "level": 1, "memory": bench_worker.TENSORS}
+    row |= {"memory_before": 100, "memory_loaded": 1100, "memory_peak": 2300}
+    told = {"model": "m", "bits": 4, "engine": "shared", "level": 1, "predicted_loaded": 1250, "predicted_peak": 2000}
+    made = bench_predictions.beside(row, [told | {"predicted_peak": 1}, told])
+    assert (made["ratio_loaded"], made["ratio_peak"], made["predicted_peak"]) == (0.8, 1.1, 2000)
+    assert "ratio_peak" not in bench_predictions.beside(row | {"memory": bench_worker.RESIDENT}, [told])
+    assert bench_predictions.beside(row | {"bits": 8}, [told]) == row | {"bits": 8}
+
+
+def test_an_adapter_is_counted(tmp_path: Path):
+    from safetensors.torch import save_file
+
+    files.write_json(tmp_path / "adapter_config.json", {})
+    save_file({"a": torch.zeros(4, 5), "b": torch.zeros(5)}, tmp_path / "adapter_model.safetensors")
+    assert bench_predictions.adapter_bytes(str(tmp_path)) == 25 * 4
+    assert bench_predictions.adapter_bytes(None) == 0
+
+
+def test_sizes_of_the_tiny_model_are_its_own(tokenizer):
+    model = tiny.make_model(tokenizer, "small")
+    stored = {name: weights.Tensor(tuple(t.shape), "F32") for name, t in model.named_parameters()}
+    assert memory.weight_bytes(stored, 16, 4) == sum(p.numel() * 4 for p in model.parameters())

@@ -83,9 +83,9 @@ def show(record: Mapping) -> None:
     bench_records.show(f"speed: {title(record['settings'], record['sizes'])}", found, SPEED)
     bench_records.show("load time and memory", found, ROOM)
     if scores:
-        bench_records.show(
-            f"scores on the same rows of {record['settings']['images']['data']}", scores, bench_scores.columns_of(scores)
-        )
+        where = record["settings"]["images"]["data"]
+        bench_records.show(f"scores on the same rows of {where}", scores, bench_scores.OVERALL)
+        bench_records.show("scores of each question", bench_scores.by_question(scores), bench_scores.QUESTIONS)
     for told in [*notes(record), *record["verdicts"]]:
         console.print(told, markup=False, soft_wrap=True)
 

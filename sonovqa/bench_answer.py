@@ -2,8 +2,12 @@
 
     python -m sonovqa.bench answer --model tiny --engines one-at-a-time shared vllm --data data/phantoms
     python -m sonovqa.bench answer --run outputs/phantoms --data data/phantoms --no-ignore-eos --new-tokens 48
-    python -m sonovqa.bench answer --model A B --bits 16 8 4 --size 512x384
+    python -m sonovqa.bench answer --model A B --bits 16 8 4 --size 512x384 --markdown paper.md
+    python -m sonovqa.bench answer --run outputs/phantoms --bits 16 4 --data data/phantoms --scores 0
     python -m sonovqa.bench answer --engines vllm --endpoint http://127.0.0.1:8000/v1 --in-flight 1 16 64 256
+
+Memory is predicted from the weights' headers, printed and put into the record before anything is loaded. With --scores each
+model's answers to the same rows are scored as evaluate.py does. The record (JSON) comes with tables (.md) and a page (.html).
 
 Engines: one-at-a-time encodes the image again for every question, as simple evaluation loops do; shared encodes it once
 for all eight; vllm sends them to a server with so many requests in flight. Each case is a process of its own. A case that
@@ -19,23 +23,26 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sonovqa import (
+    bench_answer_table,
     bench_images,
     bench_predictions,
     bench_records,
+    bench_report,
+    bench_scores,
     bench_timing,
     bench_worker,
     cli,
     files,
-    memory,
     predictions,
+    provenance,
     records,
     serving,
 )
-from sonovqa.bench_worker import ENGINES, ONE_AT_A_TIME, SHARED, VLLM, Case
+from sonovqa.bench_worker import ENGINES, ONE_AT_A_TIME, SHARED, VLLM, Case, Scoring
 from sonovqa.cli import console
 from sonovqa.serving_plan import ROOT
 
@@ -61,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag = argparse.BooleanOptionalAction
     how.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer; at most, with --no-ignore-eos")
     how.add_argument("--ignore-eos", action=flag, default=True, help="answers of fixed length; off, the answers are compared")
+    how.add_argument("--scores", type=int, metavar="N", help="also score N images of --data's split; 0: all (unset: speed only)")
+    how.add_argument("--markdown", type=Path, metavar="FILE", help="tables for a paper (unset: beside the record, .md)")
     how.add_argument("--limit", type=float, default=3600.0, metavar="SECONDS", help="most time for one process")
     how.add_argument("--record", type=Path, default=Path("outputs/bench/answer.json"), help="JSON file of all rows, added to")
 
@@ -76,32 +85,62 @@ def run(args: argparse.Namespace) -> int:
     images["size"] = args.size and list(args.size)
     requests = bench_images.make(args.data, args.split, args.rows, args.size, args.seed)
     about = bench_images.described(requests)
-    settings = {"new_tokens": args.new_tokens, "ignore_eos": args.ignore_eos, "images": images}
+    settings = {"new_tokens": args.new_tokens, "ignore_eos": args.ignore_eos, "images": images, "scores": args.scores}
     bench_records.start(args.record, "answer", settings, about)
-    title = bench_images.in_words(about, args.new_tokens, args.ignore_eos)
-    console.print(title, "prompts: " + " | ".join(about["prompts"]), sep="\n", markup=False, soft_wrap=True)
-    todo = missing(cases(args, images), bench_records.rows(args.record))
+    console.print(bench_answer_table.title(settings, about), markup=False, soft_wrap=True)
+    console.print("prompts: " + " | ".join(about["prompts"]), markup=False, soft_wrap=True)
+    todo = missing(cases(args, images), args)
     expected = predict(todo, requests, args.record)
     for case in todo:
-        for row in measured(case, args.limit, args.record.with_suffix(".cases")):
-            compared = with_identity(row, bench_records.rows(args.record), args.record.with_suffix(".cases"), args.ignore_eos)
-            compared = bench_predictions.beside(compared, expected)
-            bench_records.add(args.record, compared)
-            console.print(line(compared), markup=False, soft_wrap=True)
-    found = latest(bench_records.rows(args.record))
-    show(found, title)
-    files.write_text(
-        args.record.with_suffix(".md"), bench_records.markdown(found, SPEED) + "\n" + bench_records.markdown(found, ROOM)
-    )
-    console.print(f"written: {args.record}", soft_wrap=True)
-    return 0 if any(row["error"] is None for row in found) else 1
+        for row in measured(case, args.limit, _kept(args)):
+            write(row, expected, args)
+    return finish(args)
 
 
-def missing(wanted: Iterator[Case], rows: list[dict]) -> list[Case]:
-    """The cases, less what the record has measured already."""
-    done = {key_of(row) for row in rows if row["error"] is None}
-    left = [(case, tuple(n for n, key in zip(case.levels, case.keys, strict=True) if key not in done)) for case in wanted]
-    return [dataclasses.replace(case, levels=levels) for case, levels in left if levels]
+def write(row: dict, expected: list[dict], args: argparse.Namespace) -> None:
+    """Put a measured row, or a model's scores, into the record and print it."""
+    if "scores" in row:
+        bench_records.note(args.record, "scores", [row["scores"]])
+        console.print(bench_answer_table.scores_line(row["scores"]), markup=False, soft_wrap=True)
+        return
+    compared = with_identity(row, bench_records.rows(args.record), _kept(args), args.ignore_eos)
+    compared = bench_predictions.beside(compared, expected)
+    bench_records.add(args.record, compared)
+    console.print(bench_answer_table.line(compared), markup=False, soft_wrap=True)
+
+
+def finish(args: argparse.Namespace) -> int:
+    """Print the tables, write the pages; 1 if every case failed."""
+    record = files.read_json(args.record)
+    record |= {"rows": latest(record["rows"]), "scores": latest(record.get("scores", []), bench_scores.key_of)}
+    record["verdicts"] = bench_scores.verdicts(record["scores"])
+    bench_answer_table.show(record)
+    page = args.markdown or args.record.with_suffix(".md")
+    report = args.record.with_suffix(".html")
+    files.write_text(page, bench_answer_table.markdown(record))
+    files.write_text(report, bench_report.render(record))
+    console.print(f"written: {args.record}, {page}, {report}", soft_wrap=True)
+    return 0 if any(row["error"] is None for row in record["rows"]) else 1
+
+
+def _kept(args: argparse.Namespace) -> Path:
+    """Where logs and answers lie."""
+    return args.record.with_suffix(".cases")
+
+
+def missing(wanted: Iterator[Case], args: argparse.Namespace) -> list[Case]:
+    """The cases, less what the record has measured and scored already."""
+    record = files.read_json(args.record)
+    found = list(wanted)
+    if args.scores is not None:
+        how = Scoring(str(args.data), args.split, args.scores, args.seed)
+        scored = [bench_scores.key_of(entry) for entry in record.get("scores", []) if entry["error"] is None]
+        own = {run.name: provenance.own_prompts(records.read_run(run)) for run in args.run}
+        prompts = {f"{name}: {part}": prompt for name, prompt in own.items() for part in ("base", "adapter", "merged")}
+        found = bench_scores.with_scoring(found, how, scored, prompts, _kept(args))
+    done = {key_of(row) for row in record["rows"] if row["error"] is None}
+    left = [(case, tuple(n for n, key in zip(case.levels, case.keys, strict=True) if key not in done)) for case in found]
+    return [dataclasses.replace(case, levels=levels) for case, levels in left if levels or case.scoring]
 
 
 def predict(todo: list[Case], requests: list, record: Path) -> list[dict]:
@@ -120,6 +159,10 @@ def check(args: argparse.Namespace) -> None:
         problems.append("nobody to answer; name --model or --run, or --engines vllm with --endpoint URL")
     problems += [f"--run; {run} is no run of train.py; it has no run.json; name outputs/<run>, or a folder of weights as --model"
                  for run in args.run if not (run / "run.json").exists()]  # fmt: skip
+    if args.scores is not None and (args.data is None or args.scores < 0):
+        problems.append(
+            f"--scores {args.scores} with --data {args.data}; images of a data set are scored, 0 or more: name --data"
+        )
     if args.endpoint and (len(args.model) > 1 or args.run):
         problems.append("--endpoint serves one model; name its weights alone with --model, or leave --endpoint out")
     cli.check(problems)
@@ -151,15 +194,17 @@ def measured(case: Case, limit: float, folder: Path) -> Iterator[dict]:
         limit: most seconds it may take.
         folder: where each case keeps its log, and that of its server.
     """
-    folder = folder / files.sha256(*map(str, case.keys[0]))[:16]
+    folder = folder / files.sha256(case.label, str(case.bits), case.engine, *map(str, case.levels))[:16]
     spec, rows, log = (folder / name for name in ("case.json", "rows.jsonl", "worker.log"))
     bench_worker.save(case, spec)
     rows.unlink(missing_ok=True)
     reason = _ended(case, [sys.executable, "-m", "sonovqa.bench_worker", str(spec), str(rows)], log, limit)
     found = predictions.read(rows)
     yield from found
-    for level in case.levels[len(found) :]:
+    for level in case.levels[sum("scores" not in row for row in found) :]:
         yield bench_worker.row_of(case, level, {"error": reason})
+    if case.scoring and not any("scores" in row for row in found):
+        yield {"scores": bench_scores.failed(case, reason)}
 
 
 def _ended(case: Case, command: list[str], log: Path, limit: float) -> str:
@@ -214,81 +259,6 @@ def key_of(row: dict) -> tuple:
     return row["model"], row["bits"], row["engine"], row["level"]
 
 
-def latest(rows: list[dict]) -> list[dict]:
-    """The last row of every case, in the order in which cases were first measured."""
-    return list({key_of(row): row for row in rows}.values())
-
-
-def _memory(row: dict, key: str) -> str:
-    return memory.gigabytes(row[key]) if row.get(key) is not None else "–"
-
-
-def _beside(row: dict, what: str) -> str:
-    """``15.8 GB (16 GB, 0.99)``: measured, predicted, and the one over the other (`bench_predictions.beside`)."""
-    measured = _memory(row, f"memory_{what}")
-    if f"predicted_{what}" not in row:
-        return measured
-    ratio = f", {row[f'ratio_{what}']:.2f}" if f"ratio_{what}" in row else ""
-    return f"{measured} ({memory.gigabytes(row[f'predicted_{what}'])}{ratio})"
-
-
-def _image_seconds(row: dict) -> str:
-    told = row.get("image_seconds")
-    return "/".join(f"{told[name]:.3g}" for name in ("min", "mean", "median", "p95", "max")) if told else "–"
-
-
-def _number(row: dict, key: str, form: str) -> str:
-    return format(row[key], form) if row.get(key) is not None else "–"
-
-
-def note(row: dict) -> str:
-    """What is wrong with a row, or worth knowing beside its figures."""
-    if row["error"] is not None:
-        return f"failed: {row['error']}"
-    notes = [f"{row['failed']} failed: {next(iter(row['errors']))}"] if row["failed"] else []
-    if row.get("vllm") is False:
-        notes.append("no vLLM: answers may end early")
-    if row["engine"] == VLLM and row["client_cpu"] > 0.8:
-        notes.append(f"client busy {row['client_cpu']:.0%}")
-    return "; ".join(notes)
-
-
-_WHO: bench_records.Columns = {
-    "model": lambda row: row["model"],
-    "bits": lambda row: str(row["bits"]),
-    "engine": lambda row: row["engine"] + ("" if row["engine"] == ONE_AT_A_TIME else f" {row['level']}"),
-}
-SPEED: bench_records.Columns = _WHO | {
-    "answers/s": lambda row: _number(row, "answers_per_second", ".2f"),
-    "tokens/s": lambda row: _number(row, "tokens_per_second", ".1f"),
-    "s an image: min/mean/median/p95/max": _image_seconds,
-    "prefix hits": lambda row: _number(row.get("cache_hits") or {}, "prefix", ".0%"),
-    "same answers": lambda row: _number(row, "identical", ".0%"),
-}
-ROOM: bench_records.Columns = _WHO | {
-    "computes in": lambda row: row.get("dtype") or "–",
-    "on disk": lambda row: _memory(row, "disk_bytes"),
-    "load s": lambda row: _number(row, "load_seconds", ".1f"),
-    "before": lambda row: _memory(row, "memory_before"),
-    "loaded (predicted)": lambda row: _beside(row, "loaded"),
-    "peak (predicted)": lambda row: _beside(row, "peak"),
-    "device at peak": lambda row: _memory(row, "device_peak"),
-    "memory is": lambda row: row.get("memory") or "–",
-}
-
-
-def show(found: list[dict], title: str) -> None:
-    """Print both tables, and under them what is wrong with a row."""
-    bench_records.show(f"speed: {title}", found, SPEED)
-    bench_records.show("load time and memory", found, ROOM)
-    for row in found:
-        if told := note(row):
-            console.print(" ".join(cell(row) for cell in _WHO.values()), told, sep=": ", markup=False, soft_wrap=True)
-
-
-def line(row: dict) -> str:
-    """A row as it is printed while others are still to come."""
-    who = " ".join(cell(row) for cell in _WHO.values())
-    figures = {**SPEED, **ROOM, "note": note}
-    told = {name: cell(row) for name, cell in figures.items() if name not in _WHO}
-    return " · ".join([who, *(f"{name} {value}" for name, value in told.items() if value not in ("–", ""))])
+def latest(entries: list[dict], key: Callable[[dict], tuple] = key_of) -> list[dict]:
+    """The last entry of every key, in the order in which they were first measured."""
+    return list({key(entry): entry for entry in entries}.values())

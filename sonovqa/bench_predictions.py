@@ -61,7 +61,7 @@ def in_words(entry: Mapping) -> str:
     loaded, peak = (memory.gigabytes(entry[key]) for key in ("predicted_loaded", "predicted_peak"))
     beside = {name: count for name, count in entry["parts"].items() if name != "weights" and count >= 1e6}
     told = ", ".join(f"{name} {memory.gigabytes(count)}" for name, count in beside.items())
-    return f"predicted for {who}: {loaded} loaded, {peak} at peak ({told})"
+    return f"predicted for {who}: {loaded} loaded, {peak} at peak" + (f" ({told})" if told else "")
 
 
 def beside(row: dict, entries: Sequence[Mapping]) -> dict:

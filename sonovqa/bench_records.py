@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.measure import Measurement
 from rich.table import Table
 
-from sonovqa import files, records
+from sonovqa import doctor_probe, files, records
 from sonovqa.cli import UserError, console
 
 #: Heading and what stands below it for a row.
@@ -50,6 +50,7 @@ def start(path: Path, benchmark: str, settings: dict, sizes: dict) -> dict:
         **records.commit(),
         "versions": records.versions(),
         "device": records.device(),
+        "drivers": doctor_probe.driver_gpus(),
         "settings": settings,
         "sizes": sizes,
         "rows": [],

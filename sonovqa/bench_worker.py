@@ -2,7 +2,8 @@
 
     python -m sonovqa.bench_worker CASE.json ROWS.jsonl
 
-It appends a row for each level (images at a time, requests in flight) as it is measured; how it failed is its last line.
+It appends a row for each level (images at a time, requests in flight) as it is measured, then the scores if any are asked
+for; how it failed is its last line.
 """
 
 from __future__ import annotations
@@ -16,12 +17,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_caches, bench_images, bench_serving, bench_timing, cli, files, predictions
+from sonovqa import bench_caches, bench_images, bench_serving, bench_timing, cli, files, predictions, prompt_variants
 from sonovqa.cli import UserError
-from sonovqa.engines import ImageRequest
+from sonovqa.endpoint import Endpoint
+from sonovqa.engines import Engine, ImageRequest
 
 TENSORS, RESIDENT = "torch's tensors", "resident set"  # what a row's memory is
 ONE_AT_A_TIME, SHARED, VLLM = ENGINES = ("one-at-a-time", "shared", "vllm")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Which rows of a data set are answered and scored besides (`bench_scores`).
+
+    Attributes:
+        data, split: the data set's folder and its split.
+        rows: images, drawn across categories; 0: all of the split.
+        seed: of the draw and of the intervals.
+        prompt: a line of `prompt_variants.variants`.
+        folder: where the answers are kept.
+        at_once: images answered together, or requests in flight.
+    """
+
+    data: str
+    split: str
+    rows: int
+    seed: int
+    prompt: str = prompt_variants.DEFAULT
+    folder: str = ""
+    at_once: int = 1
 
 
 @dataclass(frozen=True)
@@ -41,6 +65,7 @@ class Case:
         endpoint_model: its name for the model; ``None``: the only one it serves.
         key_env: environment variable that holds its key.
         server_flags: for a server started here.
+        scoring: rows to answer and score when all levels are measured, or ``None``.
     """
 
     label: str
@@ -56,6 +81,7 @@ class Case:
     endpoint_model: str | None = None
     key_env: str | None = None
     server_flags: tuple[str, ...] = ()
+    scoring: Scoring | None = None
 
     @property
     def keys(self) -> list[tuple]:
@@ -97,6 +123,15 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
         figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
         figures |= {"memory_peak": memory_peak(cuda)} | (_taken("peak", device) if cuda else {})
         yield row_of(case, level, told | figures | {"answers": answers})
+    if case.scoring:
+        yield scored(case, LocalEngine(model, processor, case.scoring.at_once, case.engine == SHARED))
+
+
+def scored(case: Case, engine: Engine) -> dict:
+    """What `bench_scores.score` gives, told from a row by its one key."""
+    from sonovqa import bench_scores
+
+    return {"scores": bench_scores.score(case, engine)}
 
 
 def _taken(when: str, before: int | None) -> dict:
@@ -188,6 +223,10 @@ def levels(case: Case, requests: list[ImageRequest], url: str, model: str | None
             "cache_hits": bench_caches.hit_rates(before, bench_caches.counters(url)),
         }
         yield row_of(case, level, told | memory() | figures | {"answers": answers})
+    if case.scoring:
+        engine = Endpoint(url, model, case.scoring.at_once, timeout=600.0, key_env=case.key_env)
+        engine.check()
+        yield scored(case, engine)
 
 
 def _dtype(log: Path) -> str | None:
@@ -202,7 +241,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("rows", type=Path, help="takes a line a row")
     args = parser.parse_args(argv)
     stored = files.read_json(args.case)
-    case = Case(**stored | {"levels": tuple(stored["levels"]), "server_flags": tuple(stored["server_flags"])})
+    stored |= {"levels": tuple(stored["levels"]), "server_flags": tuple(stored["server_flags"])}
+    case = Case(**stored | {"scoring": stored["scoring"] and Scoring(**stored["scoring"])})
     size = case.images["size"]
     images = case.images | {"data": case.images["data"] and Path(case.images["data"]), "size": size and tuple(size)}
     requests = bench_images.make(**images)

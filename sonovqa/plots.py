@@ -16,7 +16,7 @@ _STYLE = {
 }
 
 
-def _svg(figure) -> str:
+def svg(figure) -> str:
     """The figure as an ``<svg>`` element that takes the width it is given."""
     import matplotlib
 
@@ -27,7 +27,8 @@ def _svg(figure) -> str:
     return text[text.index("<svg") :]
 
 
-def _axes(width: float, height: float):
+def axes_of(width: float, height: float):
+    """A figure of so many inches and its axes."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -39,7 +40,7 @@ def _axes(width: float, height: float):
 def overview(questions: Mapping[str, Mapping]) -> str:
     """Every question's headline score with its 95 % interval, beside the majority's and the blind answer's."""
     kinds = list(questions)
-    figure, axes = _axes(4.6, 0.9 + 0.42 * len(kinds))  # a phone shows all of it
+    figure, axes = axes_of(4.6, 0.9 + 0.42 * len(kinds))  # a phone shows all of it
     for at, kind in enumerate(kinds):
         found = questions[kind]["metrics"][questions[kind]["headline"]]
         for name, colour, mark in (("majority", MAJORITY, "D"), ("blind", BLIND, "s"), ("base", BASE, "^")):
@@ -58,14 +59,14 @@ def overview(questions: Mapping[str, Mapping]) -> str:
     if handles:
         place = {"loc": "lower center", "bbox_to_anchor": (0.35, 1.0), "ncols": 4, "columnspacing": 1}
         axes.legend(handles.values(), handles.keys(), frameon=False, **place)
-    return _svg(figure)
+    return svg(figure)
 
 
 def confusion(table: Mapping) -> str:
     """Counts, references down and answers across, shaded by share of the row."""
     rows, columns, counts = table["rows"], table["columns"], table["counts"]
     size = 0.42
-    figure, axes = _axes(1.6 + size * len(columns), 1.2 + size * len(rows))
+    figure, axes = axes_of(1.6 + size * len(columns), 1.2 + size * len(rows))
     shares = [[n / max(sum(row), 1) for n in row] for row in counts]
     edges = ([at - 0.5 for at in range(len(names) + 1)] for names in (columns, rows))
     axes.pcolormesh(*edges, shares, cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=1)
@@ -74,16 +75,16 @@ def confusion(table: Mapping) -> str:
         for x, n in enumerate(row):
             if n:
                 axes.text(x, y, str(n), ha="center", va="center", fontsize=9, color="white" if shares[y][x] > 0.55 else "black")
-    axes.set_xticks(range(len(columns)), [_short(name) for name in columns], rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(rows)), [_short(name) for name in rows])
+    axes.set_xticks(range(len(columns)), [short(name) for name in columns], rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(rows)), [short(name) for name in rows])
     axes.set_xlabel("answer")
     axes.set_ylabel("reference")
-    return _svg(figure)
+    return svg(figure)
 
 
 def reliability(found: Mapping) -> str:
     """Mean probability against the share that came true, a dot a bin, its area by its rows; on the diagonal it is calibrated."""
-    figure, axes = _axes(3.6, 3.6)
+    figure, axes = axes_of(3.6, 3.6)
     axes.plot([0, 1], [0, 1], color=MAJORITY, linewidth=1, linestyle="--")
     bins, most = found["reliability"], max((one["n"] for one in found["reliability"]), default=1)
     chances, shares = [one["probability"] for one in bins], [one["share"] for one in bins]
@@ -94,12 +95,12 @@ def reliability(found: Mapping) -> str:
     axes.set_xlabel(f"probability of {found['of']}" if found["of"][:2] != "P(" else found["of"])
     axes.set_ylabel("share that came true")
     axes.grid(alpha=0.3)
-    return _svg(figure)
+    return svg(figure)
 
 
 def coverage(curves: Mapping[str, Mapping]) -> str:
     """Accuracy of the answers that are given when the least confident are held back, a line a question."""
-    figure, axes = _axes(4.6, 3.6)
+    figure, axes = axes_of(4.6, 3.6)
     for kind, found in curves.items():
         axes.plot([p["coverage"] for p in found["curve"]], [p["accuracy"] for p in found["curve"]], marker=".", label=kind)
     axes.set_xlim(0, 1.02)
@@ -108,25 +109,26 @@ def coverage(curves: Mapping[str, Mapping]) -> str:
     axes.set_ylabel("accuracy")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=max(len(curves), 1), frameon=False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def slices(found: Mapping[str, Mapping], score: str) -> str:
     """A score in every slice with its interval, the worst on top."""
     names = [name for name, figure in found.items() if figure["value"] is not None]
-    figure, axes = _axes(4.2, 0.8 + 0.32 * len(names))
+    figure, axes = axes_of(4.2, 0.8 + 0.32 * len(names))
     for at, name in enumerate(names):
         low, high = found[name]["interval"] or (found[name]["value"],) * 2
         axes.plot([low, high], [at, at], color=MODEL, linewidth=2, solid_capstyle="round")
         axes.plot(found[name]["value"], at, "o", color=MODEL, markersize=6)
-    axes.set_yticks(range(len(names)), [f"{_short(name)} (n={found[name]['n']})" for name in names])
+    axes.set_yticks(range(len(names)), [f"{short(name)} (n={found[name]['n']})" for name in names])
     axes.invert_yaxis()
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(score)
     if all(0 <= found[name]["value"] <= 1 for name in names):
         axes.set_xlim(-0.02, 1.02)
-    return _svg(figure)
+    return svg(figure)
 
 
-def _short(name: str) -> str:
+def short(name: str) -> str:
+    """A name that an axis has room for."""
     return textwrap.shorten(name or "-", 28, placeholder="…")

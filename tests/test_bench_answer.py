@@ -10,7 +10,7 @@ import time
 import pytest
 from stand_in import StandIn
 
-from sonovqa import bench_answer, bench_images, bench_records, bench_serving, bench_timing, chat, cli
+from sonovqa import bench_answer, bench_answer_table, bench_images, bench_records, bench_serving, bench_timing, chat, cli
 from sonovqa.bench_worker import ONE_AT_A_TIME, SHARED, VLLM, Case
 from sonovqa.cli import UserError
 from sonovqa.engines import Reply
@@ -56,8 +56,8 @@ def test_failures_are_rows_that_say_why_and_stop_nothing(measured):
     rows = measured[1]
     assert len(rows) == 4
     assert all("no model folder at /no/such/model" in row["error"] for row in rows[2:])
-    assert bench_answer.note(rows[2]).startswith("failed: ")
-    assert bench_answer.line(rows[2]).startswith("/no/such/model 16 one-at-a-time · note failed")
+    assert bench_answer_table.note(rows[2]).startswith("failed: ")
+    assert bench_answer_table.line(rows[2]).startswith("/no/such/model 16 one-at-a-time · note failed")
 
 
 def test_same_command_measures_only_what_is_missing(measured, base):
@@ -99,7 +99,7 @@ def test_endpoint_is_measured_at_every_number_in_flight(tmp_path):
     assert one["answered"] == four["answered"] == 16
     assert four["answers_per_second"] > 2 * one["answers_per_second"]
     assert one["image_seconds"]["min"] >= 8 * 0.02, "an image's eight questions one after another"
-    assert "no vLLM" in bench_answer.note(one)
+    assert "no vLLM" in bench_answer_table.note(one)
     assert one["cache_hits"] == {"prefix": None, "image": None}
 
 

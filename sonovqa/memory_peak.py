@@ -66,7 +66,8 @@ def workload(processor, config: Mapping, requests: Sequence[ImageRequest], at_on
     from sonovqa import chat
     from sonovqa.batching import Encoder
 
-    encoder = Encoder(processor)
+    family = families.of_type(config.get("model_type"))
+    encoder = Encoder(processor, family=family)
     asked = requests[: at_once if share else 1]
     prefixes, vision = encoder.prefixes([chat.open_image(one.image) for one in asked], [one.context for one in asked])
     questions = [len(prompts) for prompts in (one.prompts if share else one.prompts[:1] for one in asked)]
@@ -76,7 +77,7 @@ def workload(processor, config: Mapping, requests: Sequence[ImageRequest], at_on
     side = side[0] if isinstance(side, list) else side
     pixels = vision["pixel_values"].numel()
     patches = round(pixels / (3 * side**2 * _frames(vision, tower)))
-    apart = 1 if _shares(config) else max(questions)  # every question of such a family brings its own copy of the image
+    apart = 1 if family.shares_prefix else max(questions)  # every question of such a family brings its own copy of the image
     longest = max(len(prefix.ids) for prefix in prefixes)
     return Workload(len(asked) * apart, sum(questions), longest, max(branches), tokens, patches * apart, pixels * apart)
 
@@ -84,11 +85,6 @@ def workload(processor, config: Mapping, requests: Sequence[ImageRequest], at_on
 def _frames(vision: Mapping, tower: Mapping) -> int:
     """How often a still image's patch stands in ``pixel_values``: Qwen-VL repeats it to the length of its time patch."""
     return tower.get("temporal_patch_size", 2) if "image_grid_thw" in vision else 1
-
-
-def _shares(config: Mapping) -> bool:
-    known = families.FAMILIES.get(config.get("model_type"))
-    return known is not None and known.shares_prefix
 
 
 def predict(tensors: dict[str, Tensor], config: Mapping, bits: int, element: int, work: Workload) -> Prediction:

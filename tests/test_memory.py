@@ -116,6 +116,14 @@ def test_the_peak_is_that_of_all_live_tensors(model, at_once, share):
     assert beside == pytest.approx(live.peak, rel=0.25)
 
 
+@pytest.mark.parametrize("family", ["llava", "mllama", "gemma3", "blip_2", "florence2"])
+def test_the_work_of_a_family_is_told_without_its_model(family, tokenizer):
+    """Each writes its prompts in its own way: Llama's template, for one, refuses a system turn beside an image."""
+    made, processor = getattr(tiny_families, family)(tokenizer)
+    work = memory_peak.workload(processor, made.config.to_dict(), bench_images.noise(1, (96, 64), 1), 1, False, 4)
+    assert work.prefix > 0 and work.branch > 0 and work.pixels > 0
+
+
 def case(model, **named) -> bench_worker.Case:
     told = {"label": "m", "model": str(model), "adapter": None, "bits": 4, "engine": bench_worker.SHARED, "levels": (1, 2)}
     return bench_worker.Case(**told | {"new_tokens": 8, "ignore_eos": True, "images": {}} | named)

@@ -92,19 +92,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     import uvicorn
 
-    from sonovqa import page_guard, serving
+    from sonovqa import serving
 
     serving.check_port(args.host, args.port)
     allow_many_connections()
     page = make(args)
     console.print(greeting(args), markup=False, soft_wrap=True)
     sys.stdout.flush()
-    # One process: images held, places taken and the sheet's lock are its own. No access log: it would name who looked at what.
-    uvicorn.run(
-        page.application(), host=args.host, port=args.port, http=page_guard.Protocol, ws="none", access_log=False,
-        log_level="warning", limit_concurrency=CONNECTIONS, server_header=False, timeout_graceful_shutdown=5,
-        ssl_certfile=args.tls_cert, ssl_keyfile=args.tls_key,
-    )  # fmt: skip
+    uvicorn.Server(server_config(args, page)).run()
 
 
 def make(args: argparse.Namespace):
@@ -119,6 +114,22 @@ def make(args: argparse.Namespace):
     )  # fmt: skip
     endpoint = page_answers.PageEndpoint(args.endpoint, args.model, **options)
     return page_app.Page(endpoint, page_marks.MarksSheet(args.marks, args.prompts), settings)
+
+
+def server_config(args: argparse.Namespace, page):
+    """How `uvicorn` serves a page: one process, because the images held and the places taken are its own.
+
+    There is no access log: it would name who looked at what.
+    """
+    import uvicorn
+
+    from sonovqa import page_guard
+
+    return uvicorn.Config(
+        page.application(), host=args.host, port=args.port, http=page_guard.Protocol, ws="none", access_log=False,
+        log_level="warning", limit_concurrency=CONNECTIONS, server_header=False, timeout_graceful_shutdown=5,
+        ssl_certfile=args.tls_cert, ssl_keyfile=args.tls_key,
+    )  # fmt: skip
 
 
 def allow_many_connections() -> None:

@@ -21,6 +21,7 @@ COOKIE = "sonovqa-session"
 SESSION_SECONDS = 12 * 3600  # a working day; then the key is asked for again
 HEAD_SECONDS = 15  # until a new connection must have sent its request's headers
 PIECE_SECONDS = 20  # until the next piece of an upload must come, or the next piece of an answer be taken
+PARTING_SECONDS = 5  # for which a client that was refused in mid-upload may go on sending into the void
 BODY_SECONDS = 120  # until an upload must be whole: 20 MB at 1.4 Mbit/s
 
 #: The page is files of its own and nothing else: no inline script or style, no other host, no frame around it.
@@ -51,7 +52,26 @@ class Refusal(Exception):
     def response(self) -> JSONResponse:
         """The refusal as JSON ``{"error": words}``."""
         wait = {"Retry-After": str(self.retry_after)} if self.retry_after else {}
-        return JSONResponse({"error": self.words}, self.status, wait)
+        kind = Parting if self.status in (408, 413) else JSONResponse
+        return kind({"error": self.words}, self.status, wait)
+
+
+class Parting(JSONResponse):
+    """A response to a request whose body was not read to its end: the connection stays open a little after it.
+
+    Were it closed at once, what the client still sends would be answered by a reset, and the response lost with it.
+
+    Source: RFC 9112, section 9.6, on closing a connection in stages.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PARTING_SECONDS):
+                while (await receive()).get("more_body"):  # a disconnect has none
+                    pass
+        await send({"type": "http.response.body", "body": b""})
 
 
 class Gate:

@@ -116,7 +116,8 @@ def test_what_is_no_usable_image_is_refused_in_words(tmp_path, data, words):
     assert time.monotonic() - started < 5  # the bomb is refused by its header
 
 
-def test_uploads_are_counted_before_and_while_they_come(tmp_path):
+def test_uploads_are_counted_before_and_while_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(page_guard, "PARTING_SECONDS", 0.1)
     pulled = []
 
     def endless():
@@ -271,6 +272,19 @@ def test_a_thousand_at_once_are_answered_or_told_to_wait_and_the_page_stays_up(t
             assert one.get("api/status").json()["problem"] is None
 
 
+def test_a_large_upload_hears_why_it_was_refused_while_it_still_sends(tmp_path):
+    import httpx2
+
+    def endless():
+        for _ in range(300):
+            yield bytes(100_000)
+
+    with stand_in.StandIn(script) as behind, Running(behind.url, tmp_path, "--largest-file", "1") as running:
+        for content in (endless(), bytes(30_000_000)):
+            told = httpx2.post(running.url + "api/images", content=content, headers=BYTES, trust_env=False, timeout=30)
+            assert told.status_code == 413 and "at most 1 MB" in told.json()["error"]
+
+
 def request(where: str, kind: str, body: bytes) -> bytes:
     head = f"POST /api/{where} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     return head.encode() + body
@@ -280,6 +294,7 @@ def test_slow_clients_are_given_up(tmp_path, monkeypatch):
     """One that sends no request, one that stops in mid-upload, one that does not read its answers."""
     monkeypatch.setattr(page_guard, "HEAD_SECONDS", 0.3)
     monkeypatch.setattr(page_guard, "PIECE_SECONDS", 0.3)
+    monkeypatch.setattr(page_guard, "PARTING_SECONDS", 0.3)
     long = page_serving.told(("word" * 4000 + " ") * 1000, 0.5)  # 16 MB: more than the sockets between can hold
     with stand_in.StandIn(lambda prompt, attempt: long) as behind, Running(behind.url, tmp_path) as running:
         silent, stalled = (socket.create_connection(("127.0.0.1", running.port), timeout=20) for _ in range(2))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
 
-import page_serving
 import pytest
 import stand_in
 from keys_and_ports import free_port, no_keys  # noqa: F401 - a fixture
@@ -202,12 +202,19 @@ def test_a_page_server_that_died_is_told(tmp_path, chromium):
 
 
 def test_a_second_image_stops_what_was_being_said_of_the_first(tmp_path, chromium):
+    second = threading.Event()
+
     def slowly(prompt: str, attempt: int):
-        return page_serving.told("of the first image " * 50, SURE, pause=0.1) if attempt == 1 else script(prompt, attempt)
+        return script(prompt, attempt) if second.is_set() else told("of the first image " * 500, SURE, pause=0.1)
 
     with used(chromium, tmp_path, slowly, "--no-labels") as (tab, running, behind):
         give(tab)
         tab.locator("#Q1 .text").get_by_text("of the first").wait_for()
+        second.set()
         give(tab, png(seed=1), "second.png")
         tab.wait_for_selector("#Q8[data-state=unsure]")
         assert answered(tab) == ANSWERS and tab.locator("#caption").inner_text().startswith("second.png")
+        waited = time.monotonic()
+        while behind.open and time.monotonic() - waited < 20:
+            time.sleep(0.05)
+        assert not behind.open  # nobody goes on answering for the first

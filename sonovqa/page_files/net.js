@@ -8,6 +8,9 @@ const WORDS = {
   503: "The page is busy: too many people are asking at once. Try again in a few seconds.",
 };
 
+const UNREACHED = "The page's own server does not answer. Check that it still runs and that you are connected, then try again.";
+const UNSENT = "The image could not be sent: the connection broke off. Check that the page still runs and that you are connected, then try again.";
+
 export class Fault extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -18,14 +21,14 @@ export class Fault extends Error {
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
 
 // A response with status 200. A busy page is asked again a few times; `waiting` is told why nothing happens meanwhile.
-async function fetched(path, options, waiting) {
+async function fetched(path, options, waiting, unreached = UNREACHED) {
   for (let attempt = 0; ; attempt++) {
     let response;
     try {
       response = await fetch(path, { credentials: "same-origin", cache: "no-store", ...options });
     } catch (fault) {
       if (options.signal?.aborted) throw fault;
-      throw new Fault("The page's own server does not answer. Check that it still runs and that you are connected, then try again.");
+      throw new Fault(unreached);
     }
     if (response.ok) return response;
     const told = await response.json().catch(() => ({}));
@@ -49,7 +52,7 @@ export async function asked(path, value) {
 
 export async function sent(path, file, signal, waiting) {
   const options = { method: "POST", headers: { "Content-Type": "application/octet-stream" }, body: file, signal };
-  return (await fetched(path, options, waiting)).json();
+  return (await fetched(path, options, waiting, UNSENT)).json();
 }
 
 export async function picture(path, signal) {

@@ -141,7 +141,7 @@ class PageEndpoint(Endpoint):
                 return
             except (openai.APIError, IncompleteError, ValueError) as fault:
                 if attempt > self.retries or not may_pass(fault):
-                    yield {"error": told_of(fault)}
+                    yield {"error": told_of(fault) + (" Ask again in a while." if may_pass(fault) else "")}
                     return
                 yield {"again": f"{told_of(fault)} Asking again ({attempt} of {self.retries})."}
                 await asyncio.sleep(self._pause(attempt, fault))

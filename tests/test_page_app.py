@@ -95,6 +95,7 @@ def test_an_answer_cut_at_its_limit_says_so(tmp_path):
         handler.send_header("Content-Type", "text/event-stream")
         handler.end_headers()
         page_serving.said(handler, "normal and", -0.1, "length")
+        handler.close_connection = True
 
     with client(tmp_path, lambda prompt, attempt: cut) as browser:
         assert ask(browser, image=upload(browser), question="Q1")[-1]["cut"]

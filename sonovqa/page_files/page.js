@@ -5,7 +5,7 @@ import { fill, sections } from "./report.js";
 
 const $ = (id) => document.getElementById(id);
 const SECONDS = { well: 60, ill: 5 }; // between two looks at the model's server
-const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: "", unsaved: 0, stop: null };
+const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: "", unsaved: 0, stop: null, timer: null };
 
 const told = (value) => value.trim();
 const isStopped = (fault) => fault.name === "AbortError";
@@ -36,7 +36,8 @@ async function look() {
     $("model").textContent = fault.message;
     if (fault.status === 401) return location.reload();
   }
-  setTimeout(look, 1000 * wait);
+  clearTimeout(page.timer); // of another look, asked for meanwhile
+  page.timer = setTimeout(look, 1000 * wait);
 }
 
 function build(settings) {
@@ -125,12 +126,17 @@ async function askEight(only = null) {
   counted();
   const open = new Map(cards.map((card) => [card.id, card]));
   const signal = page.stop.signal;
+  let failed = "";
   $("answers").ariaBusy = "true";
   try {
     for await (const event of question(only === null ? {} : { question: only })) {
       const card = open.get(event.question ?? only);
       card.hear(event, page.settings.unsure_below);
-      if (event.error !== undefined) say(event.error);
+      failed = event.error ?? failed;
+    }
+    if (failed) {
+      say(failed);
+      look();
     }
     announce(cards.filter((card) => card.answer !== null).map((card) => card.spoken()).join(" "));
     if (cards.some((card) => card.node.dataset.state === "asking")) throw new Error("The connection to the page broke off. Try again.");

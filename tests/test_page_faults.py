@@ -179,6 +179,23 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, chromium):
         assert tab.locator("#banner").is_hidden()
 
 
+def test_marks_that_are_not_saved_are_not_lost_without_a_word(tmp_path, chromium):
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        tab.click("#Q7 .right")
+        told = []
+        tab.once("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
+        give(tab, png(seed=1), "second.png")
+        assert told == ["1 marks on this image are not saved. Go on without them?"]
+        assert tab.locator("#caption").inner_text().startswith("scan.png")
+        assert tab.locator("#Q7 .right").get_attribute("aria-pressed") == "true"
+        tab.once("dialog", lambda dialog: dialog.accept())
+        give(tab, png(seed=1), "second.png")
+        tab.locator("#caption").get_by_text("second.png").wait_for()
+        assert answered(tab) == ANSWERS and tab.locator("#save").is_disabled()
+
+
 def test_an_image_no_longer_held_is_sent_again_unseen(tmp_path, chromium):
     """As after a restart of the page."""
     with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):

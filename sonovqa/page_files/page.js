@@ -49,6 +49,9 @@ function build(settings) {
 
 // ---- the image ----
 
+// Marks that are not saved are not lost without a word.
+const mayForget = () => !page.unsaved || confirm(`${page.unsaved} marks on this image are not saved. Go on without them?`);
+
 async function take(file) {
   if (!file || !page.settings) return;
   const most = page.settings.largest_file;
@@ -56,7 +59,7 @@ async function take(file) {
     const size = Math.ceil(file.size / 1e5) / 10;
     return say(`This file is too large: ${size} MB, at most ${most / 1e6} MB can be sent. Save the image smaller, or as PNG or JPEG.`);
   }
-  if (page.unsaved && !confirm(`${page.unsaved} marks on this image are not saved. Go on without them?`)) return;
+  if (!mayForget()) return;
   page.stop?.abort();
   page.stop = new AbortController();
   say("");
@@ -277,7 +280,7 @@ document.addEventListener("drop", (event) => {
 });
 document.addEventListener("paste", (event) => event.clipboardData.files.length && take(event.clipboardData.files[0]));
 $("banner").querySelector("button").addEventListener("click", () => say(""));
-$("all").addEventListener("click", () => askEight());
+$("all").addEventListener("click", () => mayForget() && askEight());
 $("ask").addEventListener("submit", askFree);
 $("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) askFree(event);

@@ -6,7 +6,7 @@ REQUIREMENTS := $(if $(shell command -v nvidia-smi),requirements.txt,requirement
 DEMO_IMAGES ?= 2400
 DEMO_PORT ?= 8017
 
-.PHONY: demo test install lint doctor experiment experiments-table bench
+.PHONY: demo test browser install lint doctor experiment experiments-table bench
 
 install: .venv/installed
 
@@ -27,8 +27,14 @@ demo: install
 	  "$(PY) inference.py --endpoint http://127.0.0.1:$(DEMO_PORT)/v1 --data data/demo --question Q3 --json"
 	@echo "data/demo: images and answers; outputs/demo: adapter/ merged/ run.json; outputs/demo/eval-test: scores.json report.html"
 
-test: install
+test: install browser
 	$(PY) -m pytest
+
+# Tests of the page drive a browser. Where there is none Debian's is put in if we may; else those tests are skipped and say so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || [ "$$(id -u)" != 0 ] || \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium fonts-liberation; } \
+	  >/dev/null 2>&1 || echo "no Chromium could be installed: tests that need a browser are skipped"
 
 lint: install
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -213,7 +213,13 @@ def write_workbook(out: Path, table: list[list[str]], settings: dict) -> None:
 
 def add_row(sheet, values: list[str]) -> None:
     """Append text cells; never a formula, whatever a model or a file name begins with."""
-    sheet.append([_NOT_IN_XML.sub("\ufffd", value)[:LONGEST_CELL] for value in values])
-    for cell in sheet[sheet.max_row]:
-        if cell.data_type == "f":
-            cell.data_type = "s"
+    sheet.append([""] * len(values))
+    for cell, value in zip(sheet[sheet.max_row], values, strict=True):
+        set_cell(cell, value)
+
+
+def set_cell(cell, value: str) -> None:
+    """Write text into a cell; never a formula."""
+    cell.value = _NOT_IN_XML.sub("\ufffd", value)[:LONGEST_CELL]
+    if cell.data_type == "f":
+        cell.data_type = "s"

@@ -145,8 +145,13 @@ def check_image(path: Path) -> Checked:
         data = Path(path).read_bytes()
     except OSError as fault:
         return Checked(problem=f"the image file cannot be read: {fault.strerror}")
+    return check_bytes(data, status.st_mtime_ns)
+
+
+def check_bytes(data: bytes, mtime_ns: int = 0) -> Checked:
+    """The same for an image file's bytes: its header is read first, and nothing larger than the limits above is decoded."""
     width, height, phash, problem = _decode(data)
-    return Checked(len(data), status.st_mtime_ns, hashlib.sha256(data).hexdigest(), phash, width, height, problem)
+    return Checked(len(data), mtime_ns, hashlib.sha256(data).hexdigest(), phash, width, height, problem)
 
 
 def _decode(data: bytes) -> tuple[int, int, str, str]:

@@ -14,7 +14,7 @@ class StandIn:
     with the handler.
     """
 
-    def __init__(self, script=lambda prompt, attempt: f"answer to {prompt}", models=("run",), key=None):
+    def __init__(self, script=lambda prompt, attempt: f"answer to {prompt}", models=("run",), key=None, port=0):
         self.script, self.models, self.key = script, models, key
         self.attempts: dict[str, int] = {}
         self.bodies: list[dict] = []
@@ -41,7 +41,7 @@ class StandIn:
                 if not stand_in.refuses(self):
                     stand_in.answer(self, body)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 

@@ -1,0 +1,111 @@
+// The eight answers: one card a question, filled in as the answer streams, then marked by the person who reads it.
+
+export const percent = (p) => (p > 0.99 && p < 1 ? "over 99 %" : p < 0.01 ? "under 1 %" : `${Math.round(100 * p)} %`);
+
+export class Card {
+  // `changed` is called when a mark changes, `again` with the question's id when it is to be asked anew.
+  constructor([id, title, prompt], changed, again) {
+    Object.assign(this, { id, title, changed, mark: null });
+    this.node = document.getElementById("answer").content.cloneNode(true).firstElementChild;
+    this.find = (selector) => this.node.querySelector(selector);
+    this.node.id = id;
+    this.find("h3").textContent = title;
+    this.node.title = prompt;
+    this.find(".marks").setAttribute("aria-label", `Mark the answer: ${title}`);
+    this.find(".right").addEventListener("click", () => this.pressed("right"));
+    this.find(".wrong").addEventListener("click", () => this.pressed("wrong"));
+    this.find(".again").addEventListener("click", () => again(id));
+    this.find(".correction span").textContent = `Correct answer: ${title}`;
+    this.find("input").addEventListener("input", changed);
+    this.clear();
+  }
+
+  clear(state = "empty") {
+    Object.assign(this, { answer: null, confidence: null, isUnsure: false });
+    this.node.dataset.state = state;
+    this.find(".text").textContent = "";
+    this.find(".percent").textContent = state === "asking" ? "asking …" : "";
+    for (const name of [".unsure", ".also", ".problem", ".marks"]) this.find(name).hidden = true;
+    this.find(".bar").hidden = true;
+    this.find("input").value = "";
+    this.press(null);
+  }
+
+  // Takes one event of the stream.
+  hear(event, unsureBelow) {
+    if (event.again !== undefined) {
+      this.find(".text").textContent = "";
+      this.problem(event.again);
+      this.node.dataset.state = "asking";
+    } else if (event.piece !== undefined) {
+      this.find(".problem").hidden = true;
+      this.find(".text").textContent += event.piece;
+    } else if (event.error !== undefined) {
+      this.fail(event.error);
+    } else if (event.answer !== undefined) {
+      this.answered(event, unsureBelow);
+    }
+  }
+
+  answered(event, unsureBelow) {
+    Object.assign(this, { answer: event.answer, confidence: event.confidence });
+    this.isUnsure = !event.weighing && event.confidence !== null && event.confidence < unsureBelow;
+    this.node.dataset.state = this.isUnsure ? "unsure" : "done";
+    this.find(".text").textContent = event.answer + (event.cut ? " … (cut off at the limit of length)" : "");
+    this.find(".unsure").hidden = !this.isUnsure;
+    const known = event.confidence !== null;
+    this.find(".bar").hidden = !known;
+    if (known) this.find(".bar span").style.width = `${Math.round(100 * event.confidence)}%`;
+    this.find(".percent").textContent = known ? percent(event.confidence) : event.weighing ? "weighing …" : "confidence not told";
+    this.find(".confidence").title = event.of ? `Probability of ${event.of}` : "";
+    const others = (event.labels ?? []).slice(1).filter(([, p]) => p >= 0.01);
+    this.find(".also").textContent = `Otherwise: ${others.map(([name, p]) => `${name} (${percent(p)})`).join(", ")}`;
+    this.find(".also").hidden = !others.length;
+    this.find(".marks").hidden = false;
+  }
+
+  problem(words) {
+    this.find(".problem").textContent = words;
+    this.find(".problem").hidden = false;
+  }
+
+  fail(words) {
+    this.answer = null;
+    this.node.dataset.state = "error";
+    this.find(".text").textContent = "";
+    this.find(".percent").textContent = "no answer";
+    this.problem(words);
+    for (const name of [".right", ".wrong"]) this.find(name).hidden = true;
+    this.find(".marks").hidden = false;
+  }
+
+  pressed(mark) {
+    this.press(this.mark === mark ? null : mark);
+    if (this.mark === "wrong") this.find("input").focus();
+    this.changed();
+  }
+
+  press(mark) {
+    this.mark = mark;
+    for (const name of ["right", "wrong"]) {
+      this.find(`.${name}`).hidden = false;
+      this.find(`.${name}`).setAttribute("aria-pressed", String(mark === name));
+    }
+    this.find(".correction").hidden = mark !== "wrong";
+  }
+
+  get correction() {
+    return this.mark === "wrong" ? this.find("input").value.trim() : "";
+  }
+
+  // As the server keeps it; null where nothing is marked.
+  marked() {
+    if (this.mark === null || this.answer === null) return null;
+    return { answer: this.answer, verdict: this.mark, correction: this.correction, confidence: this.confidence };
+  }
+
+  spoken() {
+    const told = this.confidence === null ? "" : `, ${percent(this.confidence)}`;
+    return `${this.title}: ${this.answer}${told}${this.isUnsure ? ", unsure" : ""}.`;
+  }
+}

@@ -1,0 +1,293 @@
+// The page: an image, eight answers, questions of one's own, a report to print, marks to save.
+import { Card } from "./answers.js";
+import { asked, events, picture, sent } from "./net.js";
+import { fill, sections } from "./report.js";
+
+const $ = (id) => document.getElementById(id);
+const SECONDS = { well: 60, ill: 5 }; // between two looks at the model's server
+const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: "", unsaved: 0, stop: null, timer: null };
+
+const told = (value) => value.trim();
+const isStopped = (fault) => fault.name === "AbortError";
+
+function say(words) {
+  $("banner").querySelector("p").textContent = words;
+  $("banner").hidden = !words;
+}
+
+const announce = (words) => ($("live").textContent = words);
+
+// ---- the model's server ----
+
+async function look() {
+  let wait = SECONDS.ill;
+  try {
+    const settings = await asked("api/status");
+    if (!page.settings) build(settings);
+    page.settings = settings;
+    $("model").dataset.state = settings.problem ? "ill" : "well";
+    $("model").textContent = settings.problem ? "The model's server cannot be used" : `Model: ${settings.model}`;
+    if (settings.problem) say(settings.problem);
+    else if ($("banner").dataset.of === "server") say("");
+    $("banner").dataset.of = settings.problem ? "server" : "";
+    if (!settings.problem) wait = SECONDS.well;
+  } catch (fault) {
+    $("model").dataset.state = "ill";
+    $("model").textContent = fault.message;
+    if (fault.status === 401) return location.reload();
+  }
+  clearTimeout(page.timer); // of another look, asked for meanwhile
+  page.timer = setTimeout(look, 1000 * wait);
+}
+
+function build(settings) {
+  $("threshold").textContent = Math.round(100 * settings.unsure_below);
+  for (const name of settings.categories) $("category").append(new Option(name.replaceAll("_", " "), name));
+  page.cards = settings.questions.map((question) => new Card(question, counted, (id) => askEight(id)));
+  $("answers").append(...page.cards.map((card) => card.node));
+}
+
+// ---- the image ----
+
+// Marks that are not saved are not lost without a word.
+const mayForget = () => !page.unsaved || confirm(`${page.unsaved} marks on this image are not saved. Go on without them?`);
+
+async function take(file) {
+  if (!file || !page.settings) return;
+  const most = page.settings.largest_file;
+  if (file.size > most) {
+    const size = Math.ceil(file.size / 1e5) / 10;
+    return say(`This file is too large: ${size} MB, at most ${most / 1e6} MB can be sent. Save the image smaller, or as PNG or JPEG.`);
+  }
+  if (!mayForget()) return;
+  page.stop?.abort();
+  page.stop = new AbortController();
+  say("");
+  announce("Sending the image.");
+  $("drop").dataset.state = "sending";
+  try {
+    const before = [page.file, page.image];
+    page.file = file;
+    try {
+      await send(page.stop.signal);
+    } catch (fault) {
+      [page.file, page.image] = before;
+      throw fault;
+    }
+    forget();
+    await askEight();
+  } catch (fault) {
+    if (!isStopped(fault)) say(fault.message);
+  } finally {
+    delete $("drop").dataset.state;
+  }
+}
+
+// Gives the server the image, and shows it as the model sees it.
+async function send(signal) {
+  const { image, width, height } = await sent("api/images", page.file, signal, announce);
+  const blob = await picture(`api/images/${image}`, signal);
+  if (page.url) URL.revokeObjectURL(page.url);
+  Object.assign(page, { image, url: URL.createObjectURL(blob) });
+  $("picture").src = page.url;
+  $("caption").textContent = `${page.file.name || "pasted image"}, ${width} × ${height} pixels`;
+  $("figure").hidden = false;
+  $("invitation").hidden = true;
+  $("choose").textContent = "Choose another image";
+  delete $("drop").dataset.state;
+}
+
+function forget() {
+  Object.assign(page, { turns: [], written: "" });
+  $("talk").replaceChildren();
+  $("written").hidden = true;
+  for (const id of ["all", "print", "whole", "question", "send"]) $(id).disabled = false;
+  $("patient").value = "";
+}
+
+// Does what needs the image held by the server; one that is held no more (a restart) is sent again.
+async function* withImage(make) {
+  try {
+    yield* make();
+  } catch (fault) {
+    if (fault.status !== 410) throw fault;
+    await send(page.stop.signal);
+    yield* make();
+  }
+}
+
+const question = (more) => withImage(() => {
+  const value = { image: page.image, context: told($("context").value), ...more };
+  return events("api/answers", value, page.stop.signal, announce);
+});
+
+// ---- the eight answers ----
+
+async function askEight(only = null) {
+  const cards = page.cards.filter((card) => only === null || card.id === only);
+  for (const card of cards) card.clear("asking");
+  counted();
+  const open = new Map(cards.map((card) => [card.id, card]));
+  const signal = page.stop.signal;
+  let failed = "";
+  $("answers").ariaBusy = "true";
+  try {
+    for await (const event of question(only === null ? {} : { question: only })) {
+      const card = open.get(event.question ?? only);
+      card.hear(event, page.settings.unsure_below);
+      failed = event.error ?? failed;
+    }
+    if (failed) {
+      say(failed);
+      look();
+    }
+    announce(cards.filter((card) => card.answer !== null).map((card) => card.spoken()).join(" "));
+    if (cards.some((card) => card.node.dataset.state === "asking")) throw new Error("The connection to the page broke off. Try again.");
+  } catch (fault) {
+    if (signal.aborted) return;
+    for (const card of cards) if (card.node.dataset.state === "asking") card.fail(fault.message);
+    say(fault.message);
+  }
+  $("answers").ariaBusy = "false";
+  page.date = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" }).format(new Date());
+}
+
+// ---- questions of one's own, and the report in one answer ----
+
+function turn(words, className) {
+  const node = document.createElement("p");
+  node.className = className;
+  node.textContent = words;
+  $("talk").append(node);
+  return node;
+}
+
+async function askFree(event) {
+  event.preventDefault();
+  const words = told($("question").value);
+  if (!words || $("send").disabled) return;
+  $("send").disabled = true;
+  turn(words, "asked");
+  const node = turn("", "said");
+  if (await stream(node, node, { turns: [...page.turns, words] })) {
+    page.turns.push(words, node.textContent);
+    $("question").value = "";
+  }
+  $("send").disabled = false;
+  $("question").focus();
+}
+
+async function askWhole() {
+  $("whole").disabled = true;
+  const [text, problem] = $("written").children;
+  text.textContent = "";
+  problem.hidden = true;
+  $("written").hidden = false;
+  page.written = (await stream(text, problem, { question: "report" })) ? text.textContent : "";
+  if (page.written) text.replaceChildren(...sections(page.written));
+  $("whole").disabled = false;
+}
+
+// Fills `node` with an answer as it comes, or `problem` with why there is none; true if it came to its end.
+async function stream(node, problem, value) {
+  const fail = (words) => {
+    problem.textContent = words;
+    problem.classList.add("problem");
+    problem.hidden = false;
+    say(words);
+    return false;
+  };
+  node.classList.add("waiting");
+  try {
+    for await (const event of question(value)) {
+      if (event.again !== undefined) {
+        node.textContent = "";
+        announce(event.again);
+      }
+      if (event.piece !== undefined) node.textContent += event.piece;
+      if (event.error !== undefined) return fail(event.error);
+      if (event.answer !== undefined) {
+        node.textContent = event.answer;
+        return true;
+      }
+    }
+    return fail("The connection to the page broke off. Try again.");
+  } catch (fault) {
+    return isStopped(fault) ? false : fail(fault.message);
+  } finally {
+    node.classList.remove("waiting");
+  }
+}
+
+// ---- marks ----
+
+function counted() {
+  const count = page.cards.filter((card) => card.marked()).length;
+  $("save").disabled = !count;
+  page.unsaved = count;
+  $("marked").textContent = count ? `${count} of ${page.cards.length} marked, not saved yet.` : "Mark answers right or wrong to keep them for training.";
+}
+
+async function save() {
+  const marks = Object.fromEntries(page.cards.map((card) => [card.id, card.marked()]).filter(([, mark]) => mark));
+  $("save").disabled = true;
+  try {
+    for await (const saved of withImage(() => saving(marks))) {
+      $("marked").textContent = `Saved: ${saved.saved} marks; the sheet holds ${saved.images} ${saved.images === 1 ? "image" : "images"}.`;
+      announce($("marked").textContent);
+      page.unsaved = 0;
+      say("");
+    }
+  } catch (fault) {
+    say(fault.message);
+    $("marked").textContent = "Not saved.";
+    $("save").disabled = false;
+  }
+}
+
+async function* saving(marks) {
+  yield await asked("api/marks", { image: page.image, category: $("category").value, patient: told($("patient").value), marks });
+}
+
+// ---- paper ----
+
+function prepare() {
+  const { cards, settings, url, date, written } = page;
+  const details = [["Patient code", told($("patient").value)], ["View", $("category").value], ["Told to the model", told($("context").value)]];
+  const facts = { cards, model: settings.model, notice: settings.notice, image: url, details, written, unsureBelow: settings.unsure_below, date };
+  fill($("report"), facts);
+}
+
+// ---- wiring ----
+
+function dropped(data) {
+  if (data.files.length) take(data.files[0]);
+  else if (data.types.includes("text/uri-list")) say("Only files can be dropped: the page fetches no address. Save the image first, then drop the file.");
+}
+
+$("file").addEventListener("change", () => {
+  take($("file").files[0]);
+  $("file").value = "";
+});
+document.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  $("drop").classList.add("over");
+});
+for (const name of ["dragleave", "drop"]) document.addEventListener(name, () => $("drop").classList.remove("over"));
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  dropped(event.dataTransfer);
+});
+document.addEventListener("paste", (event) => event.clipboardData.files.length && take(event.clipboardData.files[0]));
+$("banner").querySelector("button").addEventListener("click", () => say(""));
+$("all").addEventListener("click", () => mayForget() && askEight());
+$("ask").addEventListener("submit", askFree);
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) askFree(event);
+});
+$("whole").addEventListener("click", askWhole);
+$("save").addEventListener("click", save);
+$("print").addEventListener("click", () => window.print());
+window.addEventListener("beforeunload", (event) => page.unsaved && event.preventDefault());
+window.addEventListener("beforeprint", () => page.url && prepare());
+look();

@@ -115,7 +115,9 @@ class Tracking:
         parent = os.environ.get("MLFLOW_PARENT_RUN_ID")
         self.run_id = mlflow.start_run(run_name=name, tags={PARENT: parent} if parent else None).info.run_id
         mlflow.log_params({key: str(value)[:500] for key, value in params.items() if value is not None})
-        files.write_json(outputs / name / TRACKED, {"uri": credentials.without_userinfo(tracking_uri(outputs)), "run_id": self.run_id})
+        files.write_json(
+            outputs / name / TRACKED, {"uri": credentials.without_userinfo(tracking_uri(outputs)), "run_id": self.run_id}
+        )
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log the numeric ones of ``values`` at ``step``."""

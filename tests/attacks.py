@@ -19,7 +19,16 @@ from PIL import Image
 
 from sonovqa.gate import LARGEST_BODY
 
-OPEN_TO_ALL = ("/invocations", "/v1/chat/completions", "/tokenize", "/metrics", "/version", "/openapi.json", "/v1/models", "/load")
+OPEN_TO_ALL = (
+    "/invocations",
+    "/v1/chat/completions",
+    "/tokenize",
+    "/metrics",
+    "/version",
+    "/openapi.json",
+    "/v1/models",
+    "/load",
+)
 
 
 class Listener:

@@ -175,10 +175,10 @@ class Patience:
         self.unreached = self.unreached + 1 if error is not None and error.startswith((*UNREACHED, *REFUSED)) else 0
         if self.unreached >= MOST_UNREACHED:
             refused = error.startswith(REFUSED)
+            way_out = "mend VLLM_API_KEY or --endpoint-model" if refused else "start the server again"
             raise cli.UserError(
                 f"the endpoint {'refuses all that is asked' if refused else 'has gone away'}; {self.name}: {error}, "
-                f"{self.unreached} requests in a row; what was answered is kept; "
-                f"{'mend VLLM_API_KEY or --endpoint-model' if refused else 'start the server again'}, then the same command goes on"
+                f"{self.unreached} requests in a row; what was answered is kept; {way_out}, then the same command goes on"
             )
 
 

@@ -73,7 +73,7 @@ class Gate:
         return scheme.lower() == b"bearer" and secrets.compare_digest(hashlib.sha256(given).digest(), self._key)
 
     async def _too_large(self, receive, send) -> None:
-        """413, after the rest of the body was thrown away: a client that is still writing would see a broken connection instead."""
+        """413, once the rest of the body was thrown away: a client still writing would see a broken connection instead."""
         dropped, more = 0, True
         while more and dropped < DROPPED * self.largest:
             event = await receive()

@@ -71,17 +71,18 @@ def kind_of(data: Mapping) -> str:
 
 
 def training(run: Mapping, data: Mapping) -> list[tuple[str, str]]:
-    """The rows of the card's table on training. The data set is named by kind and fingerprint: a folder's name may name a clinic."""
+    """Rows of the card's table on training. The data set goes by kind and fingerprint: a folder's name may name a clinic."""
     given, made = run["arguments"], run["training"]
     lora = f"LoRA r={given['rank']}, alpha={given['alpha']} on a {given['bits']}-bit base"
     train = data.get("splits", {}).get("train", {})
     counted = f": {train['images']} images of {train['groups']} patients or groups" if "images" in train else ""
+    best = made.get("best_validation_loss") or float("nan")
     rows = [
         ("data", f"{kind_of(data)}, fingerprint `{run['data'][:12]}`{counted}"),
         ("asked", f"--task {given['task']}, prompts {run['prompt_variant']}"),
         ("method", "all weights" if given["full"] else lora),
         ("steps", f"{made['steps']} ({made['epochs']:.2g} epochs), seed {given['seed']}, learning rate {given['lr']:g}"),
-        ("loss", f"{made['loss']:.4f} (mean of training), {made.get('best_validation_loss') or float('nan'):.4f} (best validation)"),
+        ("loss", f"{made['loss']:.4f} (mean of training), {best:.4f} (best validation)"),
         ("hardware", f"{run['processes']} x {run['device']['name']}, {records.duration(made['seconds'])}, "
                      f"peak {records.gigabytes(made['peak_memory_bytes'])}"),
         ("finished", run["finished"]),
@@ -144,7 +145,8 @@ def use(run: Mapping, repo: str, merged: bool) -> str:
     if merged:
         return f"hf download {repo} --local-dir {folder}\nbash serve.sh {folder}"
     base = hub_id(run["arguments"]["model"]) or "BASE"
-    return f"hf download {repo} --local-dir {folder}/adapter\npython inference.py --run {folder} --adapter --image scan.png  # on {base}"
+    ask = f"python inference.py --run {folder} --adapter --image scan.png"
+    return f"hf download {repo} --local-dir {folder}/adapter\n{ask}  # needs {base}"
 
 
 def licence_text(licence: str | None) -> str:

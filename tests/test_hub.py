@@ -128,7 +128,7 @@ def test_card_of_a_hub_base_names_it_and_its_licence(server, trained):
         "adapter",
         "apache-2.0",
     )
-    assert "Not evaluated yet" in card and "on Qwen/Qwen3-VL-8B-Instruct" in card
+    assert "Not evaluated yet" in card and "needs Qwen/Qwen3-VL-8B-Instruct" in card
 
 
 def test_a_second_push_sends_weights_no_second_time(server, trained):

@@ -216,8 +216,9 @@ class Endpoint:
 
         for attempt in itertools.count(1):
             try:
-                return read(await client.chat.completions.create(**request)), None
-            except (openai.APIError, IncompleteError, ValueError) as fault:  # ValueError: a body that is no JSON
+                # The client's own limit is between two bytes: a server that drips would hold a request for ever.
+                return read(await asyncio.wait_for(client.chat.completions.create(**request), self.timeout)), None
+            except (openai.APIError, IncompleteError, ValueError, TimeoutError) as fault:  # ValueError: a body that is no JSON
                 if attempt > self.retries or not may_pass(fault):
                     return None, self._in_words(fault) + (f" (tried {attempt} times)" if attempt > 1 else "")
                 await asyncio.sleep(self._pause(attempt, fault))
@@ -335,7 +336,7 @@ def in_words(fault: Exception) -> str:
     """A fault in one line: the server's own message where it sent one."""
     import openai
 
-    if isinstance(fault, openai.APITimeoutError):
+    if isinstance(fault, openai.APITimeoutError | TimeoutError):
         return "no answer in time"
     if isinstance(fault, openai.APIConnectionError):
         return f"connection failed ({str(fault.__cause__ or fault).strip() or type(fault.__cause__).__name__})"

@@ -135,7 +135,7 @@ def test_server_that_stays_away_ends_it_in_one_line_and_the_same_call_goes_on(se
         whole(self, error)
 
     monkeypatch.setattr(asking.Patience, "heard", killing)
-    with pytest.raises(UserError, match="has gone away.*start the server again") as mistake:
+    with pytest.raises(UserError, match=r"has gone away.*start the server again") as mistake:
         asked(data, tmp_path, one.url)
     assert "\n" not in str(mistake.value)
     answered = [row for row in predictions.read(path) if row["error"] is None]
@@ -154,7 +154,7 @@ def test_server_that_comes_back_with_another_key_is_given_up_and_the_right_key_g
     monkeypatch.setenv("VLLM_API_KEY", "the-old-key")
     one = server(0.0)
     one.start("the-new-key")
-    with pytest.raises(UserError, match="refuses all that is asked.*HTTP 401.*VLLM_API_KEY") as mistake:
+    with pytest.raises(UserError, match=r"refuses all that is asked.*HTTP 401.*VLLM_API_KEY") as mistake:
         asked(data, tmp_path, one.url)
     assert "the-old-key" not in str(mistake.value) and lines(tmp_path / "predictions.jsonl") < 32
     monkeypatch.setenv("VLLM_API_KEY", "the-new-key")

@@ -69,7 +69,7 @@ def is_vllm(url: str, keys: Sequence[str] = KEY_NAMES) -> bool:
     Args:
         keys: variables of the environment of which the first that is set holds the server's key.
     """
-    return '"version"' in _get(url, "/version", keys)
+    return "vllm:" in _get(url, "/metrics", keys)  # serve.sh lets /metrics through, not /version
 
 
 def counters(url: str, keys: Sequence[str] = KEY_NAMES) -> dict[str, float]:

@@ -47,7 +47,9 @@ def shared(found: list[dict]) -> list[list[str]]:
         where = f"{_model(one)}, {bits} bits, {largest[2]}, {largest[3]}"
         lines.append([where, "shared image", *_figures(one), f"**{one['pairs_per_second'] / other['pairs_per_second']:.1f}**"])
         lines.append(["", "a sequence a question", *_figures(other), ""])
-    lines += [[f"{_model(r)}, {r['bits']} bits, {r['size']}, {r['pairs']}", f"end to end: {r['way']}", *_figures(r), ""] for r in peers]
+    lines += [
+        [f"{_model(r)}, {r['bits']} bits, {r['size']}, {r['pairs']}", f"end to end: {r['way']}", *_figures(r), ""] for r in peers
+    ]
     return [head, *lines]
 
 
@@ -62,7 +64,9 @@ def _pixels(size: str) -> int:
 
 def memory(found: list[dict]) -> list[list[str]]:
     """Peak memory of raw steps with shared images: a line a model, bits and image size, a column a ``--batch``."""
-    cells = {(r["model"], r["bits"], r["size"], r["micro_batch"]): r for r in found if r["kind"] == "raw" and r["batching"] == "shared"}
+    cells = {
+        (r["model"], r["bits"], r["size"], r["micro_batch"]): r for r in found if r["kind"] == "raw" and r["batching"] == "shared"
+    }
     batches = sorted({key[3] for key in cells})
     lines = []
     for model, bits, size in sorted({key[:3] for key in cells}, key=lambda key: (_size_of(key[0]), key[1], _pixels(key[2]))):
@@ -103,7 +107,9 @@ def main(argv: list[str] | None = None) -> int:
     text = PAGE.read_text(encoding="utf-8")
     made = rewritten(text, tables.RECORDS)
     if args.check:
-        console.print("README.md is what the records say" if made == text else "README.md is out of date: python -m sonovqa.readme")
+        console.print(
+            "README.md is what the records say" if made == text else "README.md is out of date: python -m sonovqa.readme"
+        )
         return int(made != text)
     files.write_text(PAGE, made)
     return 0

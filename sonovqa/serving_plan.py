@@ -130,7 +130,7 @@ def make_plan(run: Path, lora: bool = False, host: str = "127.0.0.1", port: int 
     command += ["--limit-mm-per-prompt", compact({"image": 1, "video": 0})]
     command += ["--enable-prefix-caching", "--generation-config", "vllm"]
     command += ["--structured-outputs-config", compact({"backend": "xgrammar", "disable_any_whitespace": True})]
-    command += ["--allowed-media-domains", NO_DOMAIN, "--middleware", "sonovqa.gate.Gate"]
+    command += ["--allowed-media-domains", NO_DOMAIN, "--middleware", "sonovqa.serving_gate.Gate"]
     command += adapter_flags(weights) if lora else []
     env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_IMAGE_PIXELS": str(images.LARGEST_AREA)}
     if Path(weights.model).is_dir():

@@ -17,18 +17,10 @@ from urllib.parse import urlsplit
 import psutil
 from PIL import Image
 
-from sonovqa.gate import LARGEST_BODY
+from sonovqa.serving_gate import LARGEST_BODY
 
-OPEN_TO_ALL = (
-    "/invocations",
-    "/v1/chat/completions",
-    "/tokenize",
-    "/metrics",
-    "/version",
-    "/openapi.json",
-    "/v1/models",
-    "/load",
-)
+#: Paths of vLLM that must tell nobody anything without the key.
+GUARDED = ("/invocations", "/v1/chat/completions", "/tokenize", "/version", "/openapi.json", "/v1/models", "/load")
 
 
 class Listener:
@@ -55,13 +47,17 @@ class Listener:
 
 
 def post(url: str, body: dict, key: str | None) -> int:
-    """The status that a POST is answered with."""
+    """The status that a POST is answered with; 0 if the server hangs up while it is sent."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60) as response:
             return response.status
     except urllib.error.HTTPError as fault:
         return fault.code
+    except urllib.error.URLError as fault:
+        if not isinstance(fault.reason, BrokenPipeError | ConnectionResetError):
+            raise
+        return 0
 
 
 def status_of(url: str) -> int:
@@ -73,14 +69,17 @@ def status_of(url: str) -> int:
 
 
 def sent_in_chunks(url: str, key: str) -> int:
-    """The status for a body of more than is allowed that does not say how long it is."""
+    """The status for a body of more than is allowed that does not say how long it is; 0 if the server hangs up."""
     told = urlsplit(url)
     connection = http.client.HTTPConnection(told.hostname, told.port, timeout=30)
     pieces = (b" " * (1 << 20) for _ in range((LARGEST_BODY >> 20) + 8))
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it need not listen to the end
         connection.request("POST", told.path, pieces, headers, encode_chunked=True)
-    return connection.getresponse().status
+    try:
+        return connection.getresponse().status
+    except (OSError, http.client.HTTPException):
+        return 0
 
 
 def data_url(data: bytes, mime: str = "image/png") -> str:
@@ -121,9 +120,9 @@ def run(url: str, model: str, key: str) -> dict:
     refused["template"] = post(chat, {"model": model, "messages": said, "chat_template": "{{ 1 }}"}, key)
     refused["path as a model"] = post(chat, {"model": "/etc", "messages": said}, key)
     refused["adapter"] = post(f"{url}/load_lora_adapter", {"lora_name": "x", "lora_path": "/tmp"}, key)
-    posts = {path: post(root + path, {"model": model, "messages": said}, None) for path in OPEN_TO_ALL}
-    gets = {f"GET {path}": status_of(root + path) for path in OPEN_TO_ALL}
-    wrong = {"wrong key": post(f"{root}/invocations", {"model": model, "messages": said}, key[:-1])}
+    posts = {path: post(root + path, {"model": model, "messages": said}, None) for path in GUARDED}
+    gets = {f"GET {path}": status_of(root + path) for path in GUARDED}
+    wrong = {"wrong key": post(chat, {"model": model, "messages": said}, key[:-1])}
     tree = psutil.Process(os.getppid()).children(recursive=True)
     sockets = [one for process in tree for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
     return {

@@ -3,8 +3,8 @@
     python -m sonovqa.readme            # write them between their markers
     python -m sonovqa.readme --check    # exit 1 if they are not what the records say
 
-A table stands between ``<!-- records: NAME -->`` and ``<!-- end of records -->``; NAME is ``shared`` (training with a shared image
-against one sequence a question) or ``memory`` (peak memory by model, bits, image and batch).
+A table stands between ``<!-- records: NAME -->`` and ``<!-- end of records -->``; NAME is ``shared`` (training with a shared
+image against one sequence a question) or ``memory`` (peak memory by model, bits, image and batch).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _model(row: Mapping) -> str:
 
 
 def shared(found: list[dict]) -> list[list[str]]:
-    """A line a model at its largest step and image that was measured both ways, and the peers' way end to end where there is one."""
+    """Of each model the largest step and image that was measured both ways, then all that was measured end to end."""
     head = ["model, images, QA pairs a step", "", "QA pairs/s ↑", "memory ↓", "ratio ↑"]
     lines, peers = [], [row for row in found if row["kind"] == "end to end"]
     raw = {(row["model"], row["bits"], row["size"], row["pairs"], row["batching"]): row for row in found if row["kind"] == "raw"}

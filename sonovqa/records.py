@@ -9,6 +9,7 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sonovqa import credentials, files
 from sonovqa.cli import console
@@ -83,6 +84,11 @@ def duration(seconds: float) -> str:
 def tracking_uri(outputs: Path) -> str:
     """Where MLflow writes: ``MLFLOW_TRACKING_URI`` from the environment, else a SQLite file under the outputs folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
+
+
+def tracks_here(outputs: Path) -> bool:
+    """Whether MLflow writes to files of this machine rather than to a server."""
+    return urlsplit(tracking_uri(outputs)).scheme in ("sqlite", "file", "")
 
 
 class Tracking:

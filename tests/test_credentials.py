@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from stand_in import StandIn, send
 from test_endpoint import ask, engine, only
 
-from sonovqa import answering, chat, credentials, records
+from sonovqa import answering, chat, credentials, experiments_records, files, records
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import EngineError
@@ -85,3 +91,52 @@ def test_evaluation_leaves_the_key_in_none_of_its_files(tmp_path, data):
         evaluate.main(["--endpoint", server.url, "--data", str(data), "--out", str(tmp_path / "out"), "--resamples", "0"])
     written = [path for path in (tmp_path / "out").iterdir() if KEY.encode() in path.read_bytes()]
     assert written == [] and json.loads((tmp_path / "out" / "scores.json").read_text())["overall"]["failed"] == 0
+
+
+def test_report_with_its_images_goes_to_no_tracking_server(monkeypatch, tmp_path):
+    run, sent = tmp_path / "run", []
+    score = {"value": 0.5}
+    made = {
+        "overall": {"metrics": {"accuracy": score}},
+        "questions": {"Q7": {"headline": "accuracy", "metrics": {"accuracy": score}}},
+    }
+    files.write_json(run / "eval-test" / "scores.json", made)
+    files.write_json(run / records.TRACKED, {})
+    monkeypatch.setattr(records, "attach", lambda folder, artefacts, metrics: sent.append([path.name for path in artefacts]))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    experiments_records.track(run)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")
+    experiments_records.track(run)
+    assert sent == [["scores.json", "report.html"], ["scores.json"]]
+
+
+def test_no_library_is_left_to_send_usage_statistics():
+    told = "off(), c.HF_HUB_DISABLE_TELEMETRY, os.environ['UNSLOTH_DISABLE_STATISTICS'], os.environ['VLLM_NO_USAGE_STATS']"
+    code = "import os; from sonovqa import cli; from mlflow.telemetry.utils import is_telemetry_disabled as off; "
+    code += f"from huggingface_hub import constants as c; print({told})"
+    env = {k: v for k, v in os.environ.items() if "TELEMETRY" not in k and k not in ("DO_NOT_TRACK", "CI")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "True", "1", "1"]
+
+
+class Runs:
+    """A pickle that leaves a file behind where it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("loader", ["models.load_for_inference", "merging.load_16_bit", "bertscore.BertScore", "models.locate"])
+def test_pickled_weights_are_never_loaded(loader, base, tmp_path):
+    import importlib
+
+    folder = shutil.copytree(base, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Runs(tmp_path / "it ran")))
+    module, _, name = loader.partition(".")
+    more = {"load_for_inference": (16,), "load_16_bit": (None,)}.get(name, ())
+    with pytest.raises((UserError, OSError)) as refused:
+        getattr(importlib.import_module(f"sonovqa.{module}"), name)(str(folder), *more)
+    assert "safetensors" in str(refused.value) and not (tmp_path / "it ran").exists()

@@ -25,7 +25,6 @@ SUBSTITUTIONS = (
     (r"(train\.py --data data/clinic --run clinic)(?! --resume)", rf"\1 {TINY}"),
     (r"(train\.py .*--run clinic --resume)", rf"\1 {TINY}"),
     (r"(train\.py .*--run try --dry-run)", rf"\1 {TINY}"),
-    (r"^torchrun (.*--run-name clinic-2gpu)", rf"python -m torch.distributed.run \1 {TINY} --no-checkpointing --dry-run"),
     (r"(evaluate\.py .*--data data/clinic)", r"\1 --max-images 2 --resamples 10"),
     (r"(bash serve\.sh outputs/clinic(?: --host 0\.0\.0\.0)?)(?! --)", r"\1 --dry-run"),
     (r"http://127\.0\.0\.1:8000/v1", "$STAND_IN"),

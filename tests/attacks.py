@@ -7,7 +7,6 @@ import contextlib
 import http.client
 import io
 import json
-import os
 import socket
 import threading
 import urllib.error
@@ -108,8 +107,17 @@ def bad_parts(port: int) -> dict[str, dict]:
     return parts | {"tensor": {"type": "image_embeds", "image_embeds": base64.b64encode(b"\x80\x04.").decode()}}
 
 
+def listening(port: int) -> list[str]:
+    """Addresses on which the server on ``port`` and all processes that it started listen."""
+    words = ("sonovqa.vllm_server", str(port))
+    servers = [one for one in psutil.process_iter() if all(word in one.cmdline() for word in words)]
+    tree = {one for server in servers for one in (server, *server.children(recursive=True))}
+    sockets = [one for process in tree for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return sorted({one.laddr.ip for one in sockets})
+
+
 def run(url: str, model: str, key: str) -> dict:
-    """Try everything on the server at base URL ``url``, which is a descendant of this process's parent."""
+    """Try everything on the server at base URL ``url``."""
     root, chat = url.removesuffix("/v1"), f"{url}/chat/completions"
     with Listener() as listener:
         refused = {
@@ -123,14 +131,12 @@ def run(url: str, model: str, key: str) -> dict:
     posts = {path: post(root + path, {"model": model, "messages": said}, None) for path in GUARDED}
     gets = {f"GET {path}": status_of(root + path) for path in GUARDED}
     wrong = {"wrong key": post(chat, {"model": model, "messages": said}, key[:-1])}
-    tree = psutil.Process(os.getppid()).children(recursive=True)
-    sockets = [one for process in tree for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
     return {
         "fetched": listener.heard,
         "refused": refused,
         "without a key": posts | gets | wrong,
         "largest": {"said": post(chat, {"x": " " * LARGEST_BODY}, key), "unsaid": sent_in_chunks(chat, key)},
         "health": status_of(f"{root}/health"),
-        "listening": sorted({one.laddr.ip for one in sockets}),
+        "listening": listening(urlsplit(url).port),
         "command lines with the key": [line for line in (" ".join(p.cmdline()) for p in psutil.process_iter()) if key in line],
     }

@@ -110,7 +110,7 @@ def bad_parts(port: int) -> dict[str, dict]:
 def listening(port: int) -> list[str]:
     """Addresses on which the server on ``port`` and all processes that it started listen."""
     words = ("sonovqa.vllm_server", str(port))
-    servers = [one for one in psutil.process_iter() if all(word in one.cmdline() for word in words)]
+    servers = [one for one in psutil.process_iter(["cmdline"]) if all(word in (one.info["cmdline"] or ()) for word in words)]
     tree = {one for server in servers for one in (server, *server.children(recursive=True))}
     sockets = [one for process in tree for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
     return sorted({one.laddr.ip for one in sockets})
@@ -138,5 +138,7 @@ def run(url: str, model: str, key: str) -> dict:
         "largest": {"said": post(chat, {"x": " " * LARGEST_BODY}, key), "unsaid": sent_in_chunks(chat, key)},
         "health": status_of(f"{root}/health"),
         "listening": listening(urlsplit(url).port),
-        "command lines with the key": [line for line in (" ".join(p.cmdline()) for p in psutil.process_iter()) if key in line],
+        "command lines with the key": [
+            p.pid for p in psutil.process_iter(["cmdline"]) if key in " ".join(p.info["cmdline"] or ())
+        ],
     }

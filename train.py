@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sonovqa import cli, families, memory, models, planning, prompt_variants, records, resuming, weighting
+from sonovqa import cli, families, hub, memory, models, planning, prompt_variants, records, resuming, weighting
 from sonovqa.cli import UserError, console
 from sonovqa.questions import TASKS
 
@@ -106,6 +106,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument(
         "--report-to", choices=("mlflow", "none"), default="mlflow", help="tracker; MLFLOW_TRACKING_URI or outputs/mlflow.db"
     )
+    run.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the weights there at the end; token in HF_TOKEN")
+    run.add_argument("--public", action="store_true", help="with --push-to-hub: everybody may read them (unset: private)")
     run.add_argument(
         "--dry-run", action="store_true", help="load, check lengths, time a few steps, print the plan, write nothing"
     )
@@ -165,6 +167,7 @@ def check(args: argparse.Namespace) -> None:
     problems += models.wrong_pixels(args.min_pixels, args.max_pixels)
     cli.check(problems)
     prompt_variants.check(args.prompts, args.task)
+    hub.check_asked(args)
     tiny = args.model.partition("-")[0] == "tiny"
     family = families.of_model(args.model if tiny else models.locate(args.model))
     args.bits = args.bits or (16 if tiny or args.full else family.bits)

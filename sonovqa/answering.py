@@ -6,14 +6,20 @@ import argparse
 import re
 from pathlib import Path
 
-from sonovqa import comparing, files
+from sonovqa import comparing, credentials, files
 from sonovqa.cli import UserError
 
 
 def output_folder(args: argparse.Namespace) -> Path:
-    """``--out``, else ``eval-<split>`` in the run's folder, or for bare models and endpoints in ``outputs/<name>``."""
+    """``--out``, else ``eval-<split>`` in the run's folder, or for bare models and endpoints in ``outputs/<name>``.
+
+    Raises:
+        UserError: if the endpoint's address holds a password: all that is written there names the address.
+    """
+    if args.endpoint:
+        credentials.check_url("--endpoint", args.endpoint)
     name = args.run or args.model or re.sub(r"^https?://", "", args.endpoint)
-    slug = re.sub(r"[^\w.-]+", "-", Path(name).name if args.run else name).strip("-")
+    slug = re.sub(r"[^\w.-]+", "-", Path(name).name if args.run else name).strip("-.") or "model"  # a served name may be ".."
     task = "" if args.task == "all" else f"-{args.task}"
     kind = f"eval-{args.split}{task}" + ("-adapter" if args.adapter else "-endpoint" if args.endpoint else "")
     root = Path(args.run) if args.run and (Path(args.run) / "run.json").exists() else Path("outputs") / slug

@@ -12,7 +12,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from sonovqa import chat, cli, files, predictions, records
-from sonovqa.endpoint import UNREACHED
+from sonovqa.endpoint import REFUSED, UNREACHED
 from sonovqa.engines import Engine, ImageRequest, Reply
 from sonovqa.predictions import Key
 from sonovqa.questions import QUESTIONS, REPORT_ID
@@ -162,7 +162,7 @@ def row_of(item: Item, reply: Reply, size: Size | None = None, blind: bool = Fal
 
 
 class Patience:
-    """Gives an engine up once it has not been reached for `MOST_UNREACHED` requests in a row, each with all its retries.
+    """Gives an engine up once it was not reached, or refused all, for `MOST_UNREACHED` requests in a row, with all their retries.
 
     What was answered is kept and the same command goes on, so nobody waits for thousands of requests to fail one by one.
     """
@@ -172,11 +172,13 @@ class Patience:
 
     def heard(self, error: str | None) -> None:
         """Count a reply's error. Raises `cli.UserError` when there is no hope."""
-        self.unreached = self.unreached + 1 if error is not None and error.startswith(UNREACHED) else 0
+        self.unreached = self.unreached + 1 if error is not None and error.startswith((*UNREACHED, *REFUSED)) else 0
         if self.unreached >= MOST_UNREACHED:
+            refused = error.startswith(REFUSED)
+            way_out = "mend VLLM_API_KEY or --endpoint-model" if refused else "start the server again"
             raise cli.UserError(
-                f"the endpoint has gone away; {self.name}: {error}, {self.unreached} requests in a row; what was answered is "
-                "kept; start the server again, then the same command goes on"
+                f"the endpoint {'refuses all that is asked' if refused else 'has gone away'}; {self.name}: {error}, "
+                f"{self.unreached} requests in a row; what was answered is kept; {way_out}, then the same command goes on"
             )
 
 

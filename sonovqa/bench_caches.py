@@ -12,9 +12,10 @@ import secrets
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 
-from sonovqa import files
-from sonovqa.endpoint import Endpoint
+from sonovqa import credentials, files
+from sonovqa.endpoint import KEY_NAMES, Endpoint
 
 BOTH, IMAGE, NONE = KEPT = ("both", "image", "none")
 #: vLLM's counters, in tokens (prefix) and images; source: vLLM's v1/metrics/loggers.py.
@@ -62,19 +63,27 @@ def _name_of(url: str) -> str:
     return files.sha256(url)[:16]
 
 
-def is_vllm(url: str) -> bool:
-    """Whether the server at a base URL is vLLM: others need not know ``ignore_eos``, ``cache_salt`` and ``uuid``."""
-    return '"version"' in _get(url, "/version")
+def is_vllm(url: str, keys: Sequence[str] = KEY_NAMES) -> bool:
+    """Whether the server at a base URL is vLLM: others need not know ``ignore_eos``, ``cache_salt`` and ``uuid``.
+
+    Args:
+        keys: variables of the environment of which the first that is set holds the server's key.
+    """
+    return "vllm:" in _get(url, "/metrics", keys)  # serve.sh lets /metrics through, not /version
 
 
-def counters(url: str) -> dict[str, float]:
-    """vLLM's cache counters so far, summed over its engines and after `SETTLING`; empty where the server shows none."""
+def counters(url: str, keys: Sequence[str] = KEY_NAMES) -> dict[str, float]:
+    """vLLM's cache counters so far, summed over its engines and after `SETTLING`; empty where the server shows none.
+
+    Args:
+        keys: as for `is_vllm`.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
     time.sleep(SETTLING)
     wanted = {f"{name}_{what}_total": f"{cache}_{what}" for cache, name in COUNTERS.items() for what in ("hits", "queries")}
     found: dict[str, float] = {}
-    for family in text_string_to_metric_families(_get(url, "/metrics")):
+    for family in text_string_to_metric_families(_get(url, "/metrics", keys)):
         for sample in family.samples:
             if sample.name in wanted:
                 found[wanted[sample.name]] = found.get(wanted[sample.name], 0.0) + sample.value
@@ -90,10 +99,12 @@ def hit_rates(before: dict[str, float], after: dict[str, float]) -> dict[str, fl
     return rates
 
 
-def _get(url: str, path: str) -> str:
+def _get(url: str, path: str, keys: Sequence[str]) -> str:
     """A page beside ``/v1``; empty if there is none."""
+    key = credentials.key(*keys)
     try:
-        with urllib.request.urlopen(url.removesuffix("/v1") + path, timeout=10) as response:
+        asked = urllib.request.Request(url.removesuffix("/v1") + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        with urllib.request.urlopen(asked, timeout=10) as response:
             return response.read().decode(errors="replace")
     except (urllib.error.URLError, OSError, ValueError):
         return ""

@@ -77,7 +77,7 @@ def measure(level: Level) -> dict:
     warm = bench_images.warm_up(bench_images.make(**level.images), 1)
     few = min(level.users, len(bench_images.PROMPTS))
     client.ask(iter(bench_streaming.messages_of(warm, level.order)), few, level.new_tokens, lambda one: None)
-    before = bench_caches.counters(client.base_url)
+    before = bench_caches.counters(client.base_url, client.key_names)
     with asking.progress() as bar:
         task = bar.add_task(f"{level.users} users", total=level.requests, failed="")
 
@@ -86,7 +86,7 @@ def measure(level: Level) -> dict:
             bar.update(task, advance=1, **({"failed": f"[red]{one.error}[/]"} if one.error else {}))
 
         wall, busy = (_here if level.clients == 1 else _apart)(level, heard)
-    rates = bench_caches.hit_rates(before, bench_caches.counters(client.base_url))
+    rates = bench_caches.hit_rates(before, bench_caches.counters(client.base_url, client.key_names))
     return figures(told, wall) | {"client_cpu": round(busy / wall, 3), "cache_hits": rates}
 
 

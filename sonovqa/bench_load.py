@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     check(args)
     client = Users(args.endpoint, args.model, key_env=args.api_key_env)
     client.check()
-    known = bench_caches.is_vllm(client.base_url)
+    known = bench_caches.is_vllm(client.base_url, client.key_names)
     if (args.ignore_eos or args.caches != [BOTH]) and not known:
         raise UserError(f"--ignore-eos and --caches; the server at {client.base_url} is not vLLM, which alone knows them; "
                         "leave them out")  # fmt: skip

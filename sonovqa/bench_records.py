@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Column, Table
 
 from sonovqa import doctor_probe, files, records
 from sonovqa.cli import UserError, console
@@ -104,7 +104,7 @@ def show(title: str, found: Sequence[dict], columns: Columns) -> None:
 
 
 def _table(title: str, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    table = Table(*heads, title=title, title_justify="left")
+    table = Table(*(Column(head, overflow="fold") for head in heads), title=title, title_justify="left")  # no figure is cut
     for line in lines:
         table.add_row(*line)
     return table

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sonovqa import bench_caches, bench_images, bench_serving, bench_timing, cli, files, predictions, prompt_variants
 from sonovqa.cli import UserError
-from sonovqa.endpoint import Endpoint
+from sonovqa.endpoint import KEY_NAMES, Endpoint
 from sonovqa.engines import Engine, ImageRequest
 
 TENSORS, RESIDENT = "torch's tensors", "resident set"  # what a row's memory is
@@ -209,18 +209,19 @@ def levels(case: Case, requests: list[ImageRequest], url: str, model: str | None
     Args:
         memory: gives what a row says about the server beside its speed.
     """
-    known = bench_caches.is_vllm(url)
+    keys = (case.key_env,) if case.key_env else KEY_NAMES
+    known = bench_caches.is_vllm(url, keys)
     for level in case.levels:
         engine = bench_caches.Fresh(url, model, level, timeout=600.0, key_env=case.key_env, ignore_eos=case.ignore_eos,
                                     vllm=known)  # fmt: skip
         engine.check()
         bench_timing.run_through(engine, bench_images.warm_up(requests, 2), case.new_tokens)
-        before = bench_caches.counters(url)
+        before = bench_caches.counters(url, keys)
         figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
         told = {
             "endpoint": case.endpoint,
             "vllm": known,
-            "cache_hits": bench_caches.hit_rates(before, bench_caches.counters(url)),
+            "cache_hits": bench_caches.hit_rates(before, bench_caches.counters(url, keys)),
         }
         yield row_of(case, level, told | memory() | figures | {"answers": answers})
     if case.scoring:

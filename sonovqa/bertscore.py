@@ -40,7 +40,7 @@ class BertScore:
 
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-            self._model = AutoModel.from_pretrained(model, local_files_only=True).eval()
+            self._model = AutoModel.from_pretrained(model, local_files_only=True, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError) as fault:
             told = " ".join(str(fault).split())[:100]
             way_out = f"a model folder or a downloaded hub id; nothing is fetched here: hf download {model}"

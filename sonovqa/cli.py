@@ -11,6 +11,12 @@ from collections.abc import Callable
 
 from rich.console import Console
 
+#: Usage statistics that libraries send home unless told not to; data of patients are no place for them (docs/privacy.md).
+for _name in ("HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "UNSLOTH_DISABLE_STATISTICS", "VLLM_NO_USAGE_STATS",
+              "DO_NOT_TRACK"):  # fmt: skip
+    os.environ.setdefault(_name, "true" if _name.startswith("MLFLOW") else "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
 RESEARCH_NOTICE = "Research use only. Not a medical device: no answer here may guide the care of a patient."
 
 #: Tables and progress go to standard output, everything that is not a result to standard error.

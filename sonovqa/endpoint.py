@@ -6,14 +6,13 @@ import asyncio
 import functools
 import io
 import itertools
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from sonovqa import chat, endpoint_likelihoods
+from sonovqa import chat, credentials, endpoint_likelihoods
 from sonovqa.cli import UserError
 from sonovqa.endpoint_likelihoods import Weighed
 from sonovqa.engines import EngineError, ImageRequest, LabelReply, LabelRequest, Reply
@@ -27,6 +26,8 @@ LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the server asks for
 FINISHED = ("stop", "length")
 #: How the error of a request begins that got no answer at all, as if nobody were there.
 UNREACHED = ("connection failed", "no answer in time")
+#: How it begins where no request will be answered either: the key or the model is not the server's (any more).
+REFUSED = ("HTTP 401", "HTTP 403", "HTTP 404")
 
 
 class IncompleteError(Exception):
@@ -58,19 +59,19 @@ class Endpoint:
         extra: further fields of every request's body, such as vLLM's ``ignore_eos`` (blank answers are then answers too).
 
     Raises:
-        UserError: if ``base_url`` is no URL, or ``key_env`` is not set.
+        UserError: if ``base_url`` is no URL or holds a password, ``key_env`` is not set, or the key cannot be sent.
     """
 
     def __init__(self, base_url: str, model: str | None = None, in_flight: int = 16, timeout: float = 120.0,
                  retries: int = 5, backoff: float = 0.5, key_env: str | None = None, extra: dict | None = None):  # fmt: skip
-        url = urlsplit(base_url)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise UserError(f"--endpoint; {base_url!r} is no URL; such as http://127.0.0.1:8000/v1")
-        self.base_url = base_url.rstrip("/") + ("/v1" if url.path in ("", "/") else "")
+        credentials.check_url("--endpoint", base_url)
+        self.base_url = base_url.rstrip("/") + ("/v1" if urlsplit(base_url).path in ("", "/") else "")
         self.model, self.in_flight, self.timeout = model, in_flight, timeout
         self.retries, self.backoff = retries, backoff
         self.key_names, self.extra = (key_env,) if key_env else KEY_NAMES, extra or {}
-        if key_env and not self._key():
+        if key_env:
+            credentials.check_variable("--api-key-env", key_env)
+        if not self._key() and key_env:
             raise UserError(f"--api-key-env; {key_env} is not set in the environment; export {key_env}=…")
 
     @property
@@ -95,8 +96,8 @@ class Endpoint:
         except (openai.APIError, AttributeError, TypeError, ValueError) as fault:
             way_out = "start one with ./serve.sh outputs/<run>, or mend --endpoint"
             if isinstance(fault, openai.APIConnectionError):
-                raise UserError(f"no answer from the endpoint; {self.base_url}: {in_words(fault)}; {way_out}") from None
-            raise UserError(f"not an OpenAI-compatible API; {self.base_url}/models: {in_words(fault)}; {way_out}") from None
+                raise UserError(f"no answer from the endpoint; {self.base_url}: {self._in_words(fault)}; {way_out}") from None
+            raise UserError(f"not an OpenAI-compatible API; {self.base_url}/models: {self._in_words(fault)}; {way_out}") from None
         if self.model is None and len(served) == 1:
             self.model = served[0]
         if self.model not in served:
@@ -150,7 +151,7 @@ class Endpoint:
                 raise EngineError("the connection broke and the answer then began differently; ask again")
             except (openai.APIError, IncompleteError, ValueError) as fault:
                 if attempt > self.retries or not may_pass(fault):
-                    raise EngineError(in_words(fault)) from fault
+                    raise EngineError(self._in_words(fault)) from None
                 time.sleep(self._pause(attempt, fault))
 
     def _stream_once(self, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
@@ -215,10 +216,11 @@ class Endpoint:
 
         for attempt in itertools.count(1):
             try:
-                return read(await client.chat.completions.create(**request)), None
-            except (openai.APIError, IncompleteError, ValueError) as fault:  # ValueError: a body that is no JSON
+                # The client's own limit is between two bytes: a server that drips would hold a request for ever.
+                return read(await asyncio.wait_for(client.chat.completions.create(**request), self.timeout)), None
+            except (openai.APIError, IncompleteError, ValueError, TimeoutError) as fault:  # ValueError: a body that is no JSON
                 if attempt > self.retries or not may_pass(fault):
-                    return None, in_words(fault) + (f" (tried {attempt} times)" if attempt > 1 else "")
+                    return None, self._in_words(fault) + (f" (tried {attempt} times)" if attempt > 1 else "")
                 await asyncio.sleep(self._pause(attempt, fault))
 
     def _request(self, messages: list[dict], max_new_tokens: int) -> dict:
@@ -226,7 +228,12 @@ class Endpoint:
         return asked | ({"extra_body": self.extra} if self.extra else {})
 
     def _key(self) -> str | None:
-        return next((os.environ[name] for name in self.key_names if os.environ.get(name)), None)
+        return credentials.key(*self.key_names)
+
+    def _in_words(self, fault: Exception) -> str:
+        """A fault in one line, without the key: some servers and proxies send a request's headers back in their errors."""
+        line, key = in_words(fault), self._key()
+        return line.replace(key, "[key]") if key else line
 
     def _client(self, kind, timeout: float | None = None):
         import openai
@@ -329,7 +336,7 @@ def in_words(fault: Exception) -> str:
     """A fault in one line: the server's own message where it sent one."""
     import openai
 
-    if isinstance(fault, openai.APITimeoutError):
+    if isinstance(fault, openai.APITimeoutError | TimeoutError):
         return "no answer in time"
     if isinstance(fault, openai.APIConnectionError):
         return f"connection failed ({str(fault.__cause__ or fault).strip() or type(fault.__cause__).__name__})"

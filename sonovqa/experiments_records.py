@@ -184,7 +184,11 @@ def write(path: Path, record: Mapping, experiment: str | None = None, command: s
 
 
 def track(run: Path) -> None:
-    """Put the scores of a run's evaluations, and their files, into its MLflow run; nothing where it has none."""
+    """Put the scores of a run's evaluations, and their files, into its MLflow run; nothing where it has none.
+
+    The report holds images: where MLflow writes is another machine it stays here.
+    """
+    kept = ("scores.json", "report.html") if records.tracks_here(run.parent) else ("scores.json",)
     if not (run / records.TRACKED).exists():
         return
     for name, scores in evaluations(run).items():
@@ -193,4 +197,4 @@ def track(run: Path) -> None:
             f"{kind} {one['headline']}": one["metrics"][one["headline"]]["value"] for kind, one in scores["questions"].items()
         }
         shown = {key: value for key, value in made.items() if value is not None}
-        records.attach(run, [run / name / "scores.json", run / name / "report.html"], shown)
+        records.attach(run, [run / name / file for file in kept], shown)

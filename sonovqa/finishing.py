@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sonovqa import cli, dataset, files, merging, models, records, resuming
+from sonovqa import cli, dataset, files, hub, merging, models, records, resuming
 from sonovqa.cli import console
 from sonovqa.planning import Plan
 
@@ -114,6 +114,7 @@ def merge_and_record(args: argparse.Namespace, folder: Path, run: dict, tracking
     if tracking:
         tracking.finish(path)
     say_end(args, folder, run)
+    hub.push_if_asked(args, folder)
 
 
 def save(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict) -> None:

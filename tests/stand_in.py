@@ -7,6 +7,12 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+class Server(ThreadingHTTPServer):
+    """With room for as many connections at once as a web server's: socketserver's own is 5."""
+
+    request_queue_size = 2048
+
+
 class StandIn:
     """An OpenAI-compatible server in a thread. ``script(prompt, attempt)`` says what becomes of each request:
 
@@ -41,7 +47,7 @@ class StandIn:
                 if not stand_in.refuses(self):
                     stand_in.answer(self, body)
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.server = Server(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 

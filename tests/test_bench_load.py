@@ -231,7 +231,7 @@ def test_hit_rates_are_differences_of_vllms_counters(monkeypatch):
             pass
 
         def do_GET(self):
-            body = {"/metrics": METRICS, "/version": '{"version":"0.32.0"}'}[self.path].encode()
+            body = {"/metrics": METRICS}[self.path].encode()
             self.send_response(200)
             self.end_headers()
             self.wfile.write(body)

@@ -20,6 +20,7 @@ CLIENT = """
 import io, json, os, sys
 import openai
 from PIL import Image
+import attacks
 from sonovqa import chat
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import ImageRequest, LabelRequest
@@ -43,13 +44,14 @@ try:
     fetched = "fetched"
 except openai.APIStatusError as fault:
     fetched = str(fault)
+told = {"attacks": attacks.run(engine.base_url, engine.model, "a-key-of-the-test")}
 errors = sorted({r.error for r in replies if r.error})
 try:
     engine.check()
     refused = ""
 except Exception as fault:
     refused = str(fault)
-told = {"model": engine.model, "replies": len(replies), "errors": errors, "refused": refused}
+told |= {"model": engine.model, "replies": len(replies), "errors": errors, "refused": refused}
 told |= {"weighed": {r.question_id: r.error or r.log_likelihoods for r in weighed}}
 told |= {"json": said.choices[0].message.content, "url": fetched}
 print(json.dumps(told))
@@ -86,7 +88,7 @@ def test_real_vllm_end_to_end(tmp_path, tokenizer):
     port = free_port()
     (tmp_path / "client.py").write_text(CLIENT)
     words = [sys.executable, str(tmp_path / "client.py"), f"http://127.0.0.1:{port}", json.dumps(CLOSED)]
-    client = shlex.join(["env", f"PYTHONPATH={ROOT}", *words])
+    client = shlex.join(["env", f"PYTHONPATH={ROOT}:{ROOT / 'tests'}", *words])
     env = {k: v for k, v in os.environ.items() if k not in KEYS and not k.lower().endswith("_proxy")}
     words = ["bash", str(ROOT / "serve.sh"), str(folder.parent), "--port", str(port), "--wait", "400", "--then", client]
     env |= {"PYTHON": sys.executable, "VLLM_API_KEY": "a-key-of-the-test"}
@@ -102,5 +104,13 @@ def test_real_vllm_end_to_end(tmp_path, tokenizer):
     assert "refuses a request without a key" in told["refused"]
     assert "a-key-of-the-test" not in log + done.stdout + done.stderr
     assert "fetched" not in told["url"] and "domain" in told["url"].lower()
+    attacks = told["attacks"]
+    assert attacks["fetched"] == [], "the server was made to fetch"
+    assert {name: status for name, status in attacks["refused"].items() if status < 400} == {}
+    assert {path: status for path, status in attacks["without a key"].items() if status not in (401, 404)} == {}
+    assert attacks["largest"]["said"] in (413, 0) and attacks["largest"]["unsaid"] in (411, 413, 0)
+    assert attacks["health"] == 200
+    assert attacks["listening"] and all(address in ("127.0.0.1", "::1") for address in attacks["listening"])
+    assert attacks["command lines with the key"] == []
     with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=2):
         pass

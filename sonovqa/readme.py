@@ -1,0 +1,119 @@
+"""The tables of README.md, made from the records under outputs/records/; no figure in them is typed by hand.
+
+    python -m sonovqa.readme            # write them between their markers
+    python -m sonovqa.readme --check    # exit 1 if they are not what the records say
+
+A table stands between ``<!-- records: NAME -->`` and ``<!-- end of records -->``; NAME is ``shared`` (training with a shared
+image against one sequence a question) or ``memory`` (peak memory by model, bits, image and batch).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from sonovqa import cli, files, records, tables
+from sonovqa.cli import UserError, console
+
+PAGE = tables.ROOT / "README.md"
+_MARKED = re.compile(r"(<!-- records: (\w+) -->\n)(.*?)(<!-- end of records -->)", re.DOTALL)
+GPU_BACKEND = "unsloth"
+
+
+def rows_of(folder: Path) -> Iterator[dict]:
+    """Rows of training benchmarks on a GPU, each with ``bits``, ``device`` and what the weights were."""
+    for path in sorted(folder.glob("bench-*.json")):
+        record = files.read_json(path)
+        if record.get("benchmark") == "train":
+            about = {"bits": record["settings"]["bits"], "device": record["device"]["name"], "weights": record.get("weights")}
+            yield from (row | about for row in record["rows"] if row.get("backend") == GPU_BACKEND)
+
+
+def _model(row: Mapping) -> str:
+    name = str(row["model"])
+    return f"Qwen3-VL-{name}" if re.fullmatch(r"\d+B", name) else name
+
+
+def shared(found: list[dict]) -> list[list[str]]:
+    """Of each model the largest step and image that was measured both ways, then all that was measured end to end."""
+    head = ["model, images, QA pairs a step", "", "QA pairs/s ↑", "memory ↓", "ratio ↑"]
+    lines, peers = [], [row for row in found if row["kind"] == "end to end"]
+    raw = {(row["model"], row["bits"], row["size"], row["pairs"], row["batching"]): row for row in found if row["kind"] == "raw"}
+    both = [key[:4] for key in raw if key[4] == "shared" and (*key[:4], "separate") in raw]
+    for model, bits in dict.fromkeys(key[:2] for key in sorted(both)):
+        largest = max((key for key in both if key[:2] == (model, bits)), key=lambda key: (_pixels(key[2]), key[3]))
+        one, other = (raw[*largest, batching] for batching in ("shared", "separate"))
+        where = f"{_model(one)}, {bits} bits, {largest[2]}, {largest[3]}"
+        lines.append([where, "shared image", *_figures(one), f"**{one['pairs_per_second'] / other['pairs_per_second']:.1f}**"])
+        lines.append(["", "a sequence a question", *_figures(other), ""])
+    lines += [
+        [f"{_model(r)}, {r['bits']} bits, {r['size']}, {r['pairs']}", f"end to end: {r['way']}", *_figures(r), ""] for r in peers
+    ]
+    return [head, *lines]
+
+
+def _figures(row: Mapping) -> list[str]:
+    return [f"{row['pairs_per_second']:.1f}", records.gigabytes(row["peak_memory_bytes"])]
+
+
+def _pixels(size: str) -> int:
+    width, height = (int(side) for side in size.split("x"))
+    return width * height
+
+
+def memory(found: list[dict]) -> list[list[str]]:
+    """Peak memory of raw steps with shared images: a line a model, bits and image size, a column a ``--batch``."""
+    cells = {
+        (r["model"], r["bits"], r["size"], r["micro_batch"]): r for r in found if r["kind"] == "raw" and r["batching"] == "shared"
+    }
+    batches = sorted({key[3] for key in cells})
+    lines = []
+    for model, bits, size in sorted({key[:3] for key in cells}, key=lambda key: (_size_of(key[0]), key[1], _pixels(key[2]))):
+        row = next(cell for key, cell in cells.items() if key[:3] == (model, bits, size))
+        peaks = [cells.get((model, bits, size, batch)) for batch in batches]
+        named = [_model(row), str(bits), f"{size} ({row['image_tokens']} tokens)"]
+        lines.append([*named, *(records.gigabytes(p["peak_memory_bytes"]) if p else "–" for p in peaks)])
+    return [["model", "`--bits`", "image", *(f"`--batch {batch}`" for batch in batches)], *lines]
+
+
+def _size_of(model: str) -> float:
+    found = re.match(r"\d+(?:\.\d+)?", model)
+    return float(found[0]) if found else 0.0
+
+
+def rewritten(text: str, folder: Path) -> str:
+    """``text`` with the part between each pair of markers made anew from the records in ``folder``.
+
+    Raises:
+        UserError: if a marker names no table, or lacks its end.
+    """
+    made, found = {"shared": shared, "memory": memory}, list(rows_of(folder))
+    names = [name for _, name, _, _ in _MARKED.findall(text)]
+    if not set(names) <= set(made) or text.count("<!-- records: ") != len(names):
+        raise UserError(f"README.md's markers name {', '.join(names) or 'nothing'}; {', '.join(made)} are known; mend them")
+
+    def table(match: re.Match) -> str:
+        lines = made[match[2]](found)
+        return f"{match[1]}{tables.markdown(lines) if len(lines) > 1 else 'Not measured yet.'}\n{match[4]}"
+
+    return _MARKED.sub(table, text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = cli.Parser(prog="python -m sonovqa.readme", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    args = parser.parse_args(argv)
+    text = PAGE.read_text(encoding="utf-8")
+    made = rewritten(text, tables.RECORDS)
+    if args.check:
+        console.print(
+            "README.md is what the records say" if made == text else "README.md is out of date: python -m sonovqa.readme"
+        )
+        return int(made != text)
+    files.write_text(PAGE, made)
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -85,7 +85,13 @@ def flags(adapters: Mapping[str, Path], model: str, kind: str | None) -> list[st
     made = ["--enable-lora", "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
     made += ["--max-lora-rank", str(fitting[0])]
     made += ["--max-loras", str(len(adapters))] if len(adapters) > 1 else []  # all of them in one step, none swapped out
-    seeing = [name for name, folder in adapters.items() if any(map(is_vision, layers(folder)))]
+    adapted = {name: layers(folder) for name, folder in adapters.items()}
+    # vLLM would else wrap lm_head as well, and a request for prompt_logprobs then ends the engine (CPU) or is answered wrongly
+    # (GPU): https://github.com/vllm-project/vllm/issues/29955 and 51594.
+    made += ["--lora-target-modules", *sorted({layer.rpartition(".")[2] for ones in adapted.values() for layer in ones})]
+    if heads := [name for name, ones in adapted.items() if any(layer.endswith("lm_head") for layer in ones)]:
+        raise UserError(f"{', '.join(heads)}: an adapted lm_head, of which vLLM answers prompt_logprobs wrongly; {MERGED}")
+    seeing = [name for name, ones in adapted.items() if any(map(is_vision, ones))]
     if seeing and kind not in TOWERS:
         told = f"{', '.join(seeing)}: adapted layers on the vision tower, which vLLM ignores for {kind}"
         raise UserError(f"{told}; those of {', '.join(TOWERS)} it takes; {MERGED}")

@@ -216,13 +216,13 @@ class Server:
         """SIGTERM lets vLLM finish what it is answering; what is left of its processes after its grace is killed."""
         open_, started = in_flight(self.plan.url), time.monotonic()
         if open_:
-            say(f"{open_} requests in flight have {self.plan.grace} s to finish; a second Ctrl-C cuts them off")
+            say(f"requests in flight: {open_}; {self.plan.grace} s to finish, a second Ctrl-C cuts them off")
         self.process.terminate()
         while self.process.poll() is None and time.monotonic() - started < self.plan.grace + END_GRACE and not HURRY.is_set():
             open_ = open_ and in_flight(self.plan.url, open_)
             time.sleep(0.1)
         if open_ and (HURRY.is_set() or time.monotonic() - started >= self.plan.grace):
-            say(f"cut off: {open_} requests were not finished")
+            say(f"cut off, not finished: {open_}")
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Serve a run behind vLLM's OpenAI-compatible API: merged weights (or --lora: base plus adapter), on this machine
-# only unless VLLM_API_KEY is set. Waits until the server is healthy, prints how to ask it, stops it on Ctrl-C.
+# only unless VLLM_API_KEY is set. Waits until the server is healthy, warms it up, asks it the rows its merge was checked
+# on, prints how to ask it, and on Ctrl-C stops it once it has answered what it was asked.
 #
 #   ./serve.sh outputs/phantoms
 #   ./serve.sh outputs/phantoms --lora --port 8001
+#   ./serve.sh --adapters A=outputs/a B=outputs/b               # several runs on the base they share
 #   VLLM_API_KEY=$(openssl rand -hex 32) ./serve.sh outputs/phantoms --host 0.0.0.0
 #   ./serve.sh outputs/phantoms --dry-run
 #   ./serve.sh outputs/phantoms -- --tensor-parallel-size 4      # any flag of `vllm serve`

@@ -108,7 +108,7 @@ def merge_and_record(args: argparse.Namespace, folder: Path, run: dict, tracking
         if not ((folder / "merge.json").exists() and (folder / "merged").is_dir()):  # merge.json comes after merged/
             with console.status("merging and checking"):
                 merging.run(folder, run["training"]["peak_memory_bytes"] if torch.cuda.is_available() else None)
-        run["merge_check"] = files.read_json(folder / "merge.json")
+        run["merge_check"] = {key: told for key, told in files.read_json(folder / "merge.json").items() if key != "answers"}
         shutil.rmtree(folder / "weights", ignore_errors=True)
     path = records.write_run(folder, run)
     if tracking:

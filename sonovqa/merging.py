@@ -137,6 +137,15 @@ def answer_logits(model, batches: list[dict]):
     return torch.cat(made)
 
 
+def greedy_answers(run: dict, processor, model) -> list[dict]:
+    """What base and adapter answer to the run's check rows: `served_check` asks a server the same."""
+    from sonovqa import served_check
+    from sonovqa.generation import LocalEngine
+
+    # One image at a time: the cache of all its questions is then no more than the check itself had in memory.
+    return served_check.answers_of(LocalEngine(model, processor, batch_images=1), served_check.check_requests(run))
+
+
 def merge(folder: Path, gpu_memory: int | None = None) -> dict:
     """Merge ``folder/adapter`` onto its base, write ``folder/merged`` and check it.
 
@@ -145,7 +154,7 @@ def merge(folder: Path, gpu_memory: int | None = None) -> dict:
         gpu_memory: most bytes of GPU memory the check may use; ``None``: no GPU.
 
     Returns:
-        The check, see `check_merged`.
+        The check, see `check_merged`, and the ``answers`` that a server is asked for (`greedy_answers`).
 
     Raises:
         UserError: if the merged weights do not answer as base and adapter do. They are then not left in ``merged/``.
@@ -159,6 +168,7 @@ def merge(folder: Path, gpu_memory: int | None = None) -> dict:
     model = _base_and_adapter(base, adapter, gpu_memory)
     batches = check_rows(run, processor, model)
     reference = answer_logits(model, batches)
+    answers = greedy_answers(run, processor, model)
     if gpu_memory:  # merged in main memory, whatever part of the model the check had put on the GPU
         model = None
         free()
@@ -181,7 +191,7 @@ def merge(folder: Path, gpu_memory: int | None = None) -> dict:
                         f"run `python -m sonovqa.merging {folder}` again")  # fmt: skip
     shutil.rmtree(folder / "merged", ignore_errors=True)
     unchecked.rename(folder / "merged")
-    return check
+    return check | {"answers": answers}
 
 
 def _base_and_adapter(base: str, adapter: Path | None, gpu_memory: int | None):

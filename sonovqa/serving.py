@@ -2,34 +2,43 @@
 
     ./serve.sh outputs/phantoms                                       # merged weights, on this machine only
     ./serve.sh outputs/phantoms --lora                                # base plus adapter
+    ./serve.sh --adapters A=outputs/a B=outputs/b                     # several runs on the base they share
     VLLM_API_KEY=… ./serve.sh outputs/phantoms --host 0.0.0.0         # for others: a key is required
+    VLLM_API_KEY_FILE=/run/secrets/key ./serve.sh outputs/phantoms --host 0.0.0.0
     ./serve.sh outputs/phantoms --dry-run                             # print the command
     ./serve.sh outputs/phantoms --then "python evaluate.py --endpoint http://127.0.0.1:8000/v1 --data data/phantoms"
     ./serve.sh outputs/phantoms -- --tensor-parallel-size 4           # more than one GPU; any flag of `vllm serve`
 
-Which weights, flags and environment, and why: `sonovqa.serving_plan`.
+Once healthy it is asked a first question, then the rows that its merge was checked on; only then is it ready. Stopped by
+SIGINT, SIGTERM or SIGHUP it finishes what it is answering, for at most --grace seconds; a second signal cuts that short.
+Which weights, flags and environment, and why: `sonovqa.serving_plan`. For clients: docs/serving.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
+import http.client
 import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from sonovqa import chat, cli, serving_plan
+from sonovqa import cli, served_check, serving_adapters, serving_examples, serving_plan
 from sonovqa.cli import UserError, console
 from sonovqa.serving_plan import Plan
 
-STOP_GRACE = 30  # seconds vLLM gets to end its requests and its processes
+END_GRACE = 10  # seconds vLLM gets to end its processes once its requests are answered
+HURRY = threading.Event()  # set by a second signal: whoever sends it waits no longer
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, `kill`, a terminal or connection that closed
 #: Ends the server of a process that could not: the kernel closes its input however that process died (kill -9, out of memory).
 #: A dead process that nobody has waited for, as in containers without an init, has an id but no open files.
@@ -45,13 +54,21 @@ def parse(argv: list[str]):
     """Split off what follows ``--`` for vLLM, then parse the rest."""
     own, extra = (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
     parser = cli.Parser(prog="./serve.sh", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run of train.py, its merged/, or any model folder")
+    parser.add_argument("run", type=Path, nargs="?", help="a run of train.py, its merged/, or any model folder")
     parser.add_argument("--lora", action="store_true", help="serve the base plus the run's adapter instead of merged weights")
+    parser.add_argument(
+        "--adapters", nargs="+", default=[], metavar="NAME=RUN", help="serve the adapters of several runs instead"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond loopback VLLM_API_KEY must be set")
     parser.add_argument("--port", type=int, default=8000, help="TCP port")
     parser.add_argument("--max-model-len", type=int, help="longest context in tokens (unset: one image and 3,072 of text)")
     parser.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto", help="auto: by the vLLM that is installed")
     parser.add_argument("--wait", type=float, default=1800.0, help="most seconds until the server must be healthy")
+    parser.add_argument(
+        "--grace", type=int, default=serving_plan.GRACE, help="seconds requests in flight have to finish at the end"
+    )
+    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help="ask the rows of the merge check")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="vLLM's output (unset: serve-<port>.log in the run's folder)")
     parser.add_argument("--then", metavar="COMMAND", help="run this once the server is healthy, then stop; gives its exit status")
     parser.add_argument("--dry-run", action="store_true", help="print the command and start nothing")
     args = parser.parse_args(own)
@@ -63,33 +80,111 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(sys.argv[1:] if argv is None else argv)
     if not (math.isfinite(args.wait) and args.wait > 0):
         raise UserError(f"--wait; {args.wait}; seconds above 0 are allowed; leave it out for 1800")
-    plan = serving_plan.make_plan(args.run, args.lora, args.host, args.port, args.device, args.max_model_len, args.extra)
+    take_key()
+    plan = serving_plan.make_plan(
+        args.run,
+        args.lora,
+        args.host,
+        args.port,
+        args.device,
+        args.max_model_len,
+        args.extra,
+        args.adapters,
+        args.log,
+        args.grace,
+    )
+    if told := serving_plan.memory_told(plan):
+        cli.stderr.print(told, markup=False)
     if args.dry_run:
         print(plan.shown())
         return 0
-    return serve(plan, args.wait, args.then)
+    return serve(plan, args.wait, args.then, args.check)
 
 
-def serve(plan: Plan, wait: float, then: str | None = None) -> int:
+def take_key() -> None:
+    """Put the key of ``VLLM_API_KEY_FILE`` into the environment, unless a key is there. It never stands on a command line.
+
+    Raises:
+        UserError: if the file cannot be read or holds no key.
+    """
+    name = os.environ.get("VLLM_API_KEY_FILE")
+    if not name or os.environ.get("VLLM_API_KEY"):
+        return
+    try:
+        key = Path(name).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as fault:
+        raise UserError(f"VLLM_API_KEY_FILE; {name} cannot be read: {fault}; a file with the key in it") from None
+    if not key or len(key.split()) > 1:
+        raise UserError(f"VLLM_API_KEY_FILE; {name} holds no key; one word is allowed; openssl rand -hex 32 > {name}")
+    os.environ["VLLM_API_KEY"] = key
+
+
+def serve(plan: Plan, wait: float, then: str | None = None, check: bool = True) -> int:
     """Start a server, wait until it is healthy, and leave it running until a signal comes or ``then`` has run.
 
     Args:
         wait: most seconds until it must be healthy.
         then: a shell command; ``None``: print how to ask the server and go on until one of `SIGNALS`.
+        check: ask the rows of the merge check before it counts as ready.
 
     Returns:
         The exit status of ``then``. A signal ends the program with status 0.
 
     Raises:
-        UserError: if the server cannot be started or ends by itself.
+        UserError: if the server cannot be started, does not answer as its runs did, or ends by itself.
     """
     with stopping_on_signals(), Server(plan) as server:
         server.wait_until_healthy(wait)
+        if plan.weights:
+            make_ready(plan, check)
         if then:
             return subprocess.call(then, shell=True)
-        console.print(greeting(plan), markup=False, soft_wrap=True)
+        console.print(serving_examples.greeting(plan), markup=False, soft_wrap=True)
         status = server.process.wait()
     raise UserError(f"vLLM stopped by itself with status {status}; its last words: {last_words(plan.log)}; see {plan.log}")
+
+
+def make_ready(plan: Plan, check: bool) -> None:
+    """See that all of an adapter is in use, warm every model up, and ask it the rows of its merge check.
+
+    Raises:
+        UserError: if a model lacks layers, does not answer, or answers otherwise than its run did (`served_check.BOUND`).
+    """
+    lost = serving_adapters.left_out(plan.log.read_text(errors="replace"), plan.weights.adapters)
+    for name, layers in lost.items():
+        raise UserError(f"vLLM ignores {len(layers)} layers of {name}; {', '.join(layers[:3])} …; {serving_adapters.MERGED}")
+    reach_directly(plan.url)
+    for name in plan.names:
+        with console.status(f"first request to {name}"):
+            told = f"{name}: first answers after {served_check.warm_up(plan.url, name):.1f} s"
+        if check and name in plan.weights.runs:
+            with console.status(f"asking {name} the rows of its merge check"):
+                told += "; " + answers_as_merged(plan, name)
+        console.print(told, markup=False, soft_wrap=True)
+    console.print(f"ready: {plan.url}", markup=False, soft_wrap=True)
+
+
+def answers_as_merged(plan: Plan, name: str) -> str:
+    """Ask a run's rows and say how it went; what could not be asked is said as well.
+
+    Raises:
+        UserError: if fewer answers than `served_check.BOUND` are those of the merge check.
+    """
+    found = served_check.check(plan.url, name, plan.weights.runs[name])
+    if isinstance(found, str):
+        return f"not compared with its merge check: {found}"
+    if found.share < served_check.BOUND:
+        wanted = f"at least {served_check.BOUND:.0%} are needed"
+        raise UserError(
+            f"{name} answers otherwise than when it was merged; {found.told()}; {wanted}; see {plan.log}, or --no-check"
+        )
+    return found.told()
+
+
+def reach_directly(url: str) -> None:
+    """Have this process ask ``url`` without a proxy: the server is on this machine, and no proxy could reach it."""
+    kept = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
+    os.environ["NO_PROXY"] = os.environ["no_proxy"] = ",".join(filter(None, (kept, urlsplit(url).hostname)))
 
 
 class Server:
@@ -112,16 +207,22 @@ class Server:
                 start_new_session=True,
             )  # fmt: skip
         self.keeper = subprocess.Popen(
-            ["/bin/sh", "-c", KEEPER, "keeper", str(self.process.pid), str(STOP_GRACE)], stdin=subprocess.PIPE,
+            ["/bin/sh", "-c", KEEPER, "keeper", str(self.process.pid), str(self.plan.grace + END_GRACE)], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         return self
 
     def __exit__(self, *fault) -> None:
-        """SIGTERM lets vLLM end what it is answering; what is left of its processes after `STOP_GRACE` is killed."""
+        """SIGTERM lets vLLM finish what it is answering; what is left of its processes after its grace is killed."""
+        open_, started = in_flight(self.plan.url), time.monotonic()
+        if open_:
+            say(f"requests in flight: {open_}; {self.plan.grace} s to finish, a second Ctrl-C cuts them off")
         self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(STOP_GRACE)
+        while self.process.poll() is None and time.monotonic() - started < self.plan.grace + END_GRACE and not HURRY.is_set():
+            open_ = open_ and in_flight(self.plan.url, open_)
+            time.sleep(0.1)
+        if open_ and (HURRY.is_set() or time.monotonic() - started >= self.plan.grace):
+            say(f"cut off, not finished: {open_}")
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -172,6 +273,18 @@ def is_healthy(url: str) -> bool:
         return False
 
 
+def in_flight(url: str, unknown: int = 0) -> int:
+    """Requests that the server is answering or holds in its queue, by its metrics; ``unknown`` where it does not tell."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url.removesuffix("/v1") + "/metrics", timeout=2) as response:
+            lines = response.read().decode(errors="replace").splitlines()
+    except (urllib.error.URLError, OSError, http.client.HTTPException):
+        return unknown
+    counted = [line for line in lines if line.startswith(("vllm:num_requests_running{", "vllm:num_requests_waiting{"))]
+    return round(sum(float(line.rpartition(" ")[2]) for line in counted))
+
+
 def tail(log: Path, lines: int = 1) -> list[str]:
     """The last lines of a log that are not blank; one empty line if there are none."""
     with open(log, "rb") as stream:
@@ -193,10 +306,9 @@ def stopping_on_signals():
     """Turn `SIGNALS` into an ordinary end with status 0: whoever starts a server stops it so."""
 
     def stop(number, frame):
-        for each in SIGNALS:  # an impatient second Ctrl-C would leave vLLM behind
-            signal.signal(each, signal.SIG_IGN)
-        with contextlib.suppress(OSError):  # after SIGHUP there may be no terminal to write to
-            console.print("stopping vLLM")
+        for each in SIGNALS:
+            signal.signal(each, lambda number, frame: HURRY.set())
+        say("stopping vLLM")
         sys.exit(0)
 
     for number in SIGNALS:
@@ -205,47 +317,10 @@ def stopping_on_signals():
     yield
 
 
-def greeting(plan: Plan) -> str:
-    """A ``curl`` call, a Python call and the terminal conversation, each ready to be pasted."""
-    return f"""
-curl:
-{curl_example(plan)}
-
-Python:
-{python_example(plan)}
-
-Conversation in a terminal:
-python inference.py --endpoint {plan.url} --endpoint-model {plan.name} --image image.png
-
-{cli.RESEARCH_NOTICE} Ctrl-C stops the server.
-"""
-
-
-def curl_example(plan: Plan) -> str:
-    """A question about ``image.png`` with curl; the shell puts in image and key."""
-    import json
-
-    messages = chat.openai_messages(b"", chat.prompt_for("Q7", ""))
-    body = json.dumps({"model": plan.name, "messages": messages, "max_tokens": 128, "temperature": 0})
-    body = body.replace("base64,", "base64,$(base64 < image.png | tr -d '\\n')")
-    return f"""curl -sS {plan.url}/chat/completions -d @- \\
-  -H 'Content-Type: application/json' -H "Authorization: Bearer $VLLM_API_KEY" <<JSON
-{body}
-JSON"""
-
-
-def python_example(plan: Plan) -> str:
-    """The same question with the ``openai`` package."""
-    system, user = chat.openai_messages(b"", chat.prompt_for("Q7", ""))
-    return f"""import base64, os
-from openai import OpenAI
-client = OpenAI(base_url="{plan.url}", api_key=os.environ.get("VLLM_API_KEY", "none"))
-image = "data:image/png;base64," + base64.b64encode(open("image.png", "rb").read()).decode()
-answer = client.chat.completions.create(model="{plan.name}", temperature=0, max_tokens=128, messages=[
-    {{"role": "system", "content": {system["content"]!r}}},
-    {{"role": "user", "content": [{{"type": "image_url", "image_url": {{"url": image}}}},
-                                 {{"type": "text", "text": {user["content"][1]["text"]!r}}}]}}])
-print(answer.choices[0].message.content)"""
+def say(line: str) -> None:
+    """Print a line if there is still a terminal to write to: after SIGHUP there may be none."""
+    with contextlib.suppress(OSError):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

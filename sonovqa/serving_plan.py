@@ -5,34 +5,53 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import ipaddress
-import json
 import math
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import cli, files, images
+from sonovqa import cli, files, images, serving_adapters, serving_memory
 from sonovqa.cli import UserError
+from sonovqa.serving_adapters import compact
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Flags of vLLM that serve.sh sets itself: a second value could open a port without a key or show the key in `ps`.
-OURS = ("--host", "--port", "--api-key", "--model", "--served-model-name", "--config")
+#: Flags of vLLM that serve.sh sets itself: a second value could open a port without a key, show the key in `ps`, let adapters
+#: in that nothing has looked at, or kill vLLM while it answers.
+OURS = (
+    "--host", "--port", "--api-key", "--model", "--served-model-name", "--config", "--enable-lora", "--lora-modules",
+    "--no-enable-tower-connector-lora", "--shutdown-timeout",
+)  # fmt: skip
 TEXT_ROOM = 3072  # tokens beside the image: system text, a conversation's history and the answer
 UNKNOWN_IMAGE = 4096  # tokens granted an image where the processor's files do not say how many it may take
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; source: vLLM's config/lora.py, MaxLoRARanks
+GRACE = 20  # seconds that requests in flight have to finish when the server is stopped
 NO_DOMAIN = "none.invalid"  # RFC 2606: never resolves; a domain list of one that is nobody's switches image URLs off
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What is served: a model folder or hub id, and an adapter on top or ``None``."""
+    """What is served.
+
+    Attributes:
+        name: the model's name in the API; with adapters the base's.
+        model: a model folder or hub id.
+        adapters: folders of adapters on top of it, by the name each is served under.
+        runs: folders of the runs among what is served, by name: their rows are asked once the server is up.
+        log_folder: where vLLM's output goes.
+    """
 
     name: str
     model: str
-    adapter: Path | None
+    adapters: Mapping[str, Path]
+    runs: Mapping[str, Path]
     log_folder: Path
+
+    @property
+    def adapter(self) -> Path | None:
+        """The first adapter, whose processor files hold for all; ``None`` for merged weights."""
+        return next(iter(self.adapters.values()), None)
 
 
 @dataclass(frozen=True)
@@ -40,11 +59,13 @@ class Plan:
     """A server as it would be started.
 
     Attributes:
-        name: the model's name in the API.
+        name: the model's name in the API; of several the first run's.
         command: program and arguments.
         env: what is set in the environment beside what is there; never a key.
         url: base URL of the API, as a client on this machine reaches it.
         log: file that takes vLLM's output.
+        weights: what is served; ``None`` where nothing is known of it.
+        grace: seconds that requests in flight have to finish at the end.
     """
 
     name: str
@@ -54,6 +75,13 @@ class Plan:
     port: int
     url: str
     log: Path
+    weights: Weights | None = field(default=None, compare=False)
+    grace: int = 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that answers for a run: those of the adapters, else the model's."""
+        return tuple(self.weights.adapters) if self.weights and self.weights.adapters else (self.name,)
 
     def shown(self) -> str:
         """The command as a shell takes it, one flag a line."""
@@ -84,8 +112,8 @@ def find_weights(run: Path, lora: bool) -> Weights:
         adapter = home / "adapter"
         if not (adapter / "adapter_config.json").exists():
             raise UserError(f"--lora; {home} holds no adapter/; it was trained with --full or not by train.py; leave --lora out")
-        base = models.locate(files.read_json(adapter / "adapter_config.json")["base_model_name_or_path"])
-        return Weights(name, base, adapter.resolve(), home)
+        base = models.locate(serving_adapters.config(adapter)["base_model_name_or_path"])
+        return Weights(f"{name}-base", base, {name: adapter.resolve()}, {name: home}, home)
     folder = run / "merged" if is_run else run
     if not folder.is_dir():
         if (run / "merged.unchecked").is_dir():
@@ -94,7 +122,22 @@ def find_weights(run: Path, lora: bool) -> Weights:
     models.check_folder(folder)
     if not has_chat_template(folder):
         raise UserError(f"{folder} has no chat template; chat_template.jinja is needed; copy that of its base beside the weights")
-    return Weights(name, str(folder.resolve()), None, home)
+    return Weights(name, str(folder.resolve()), {}, {name: home} if (home / "merge.json").exists() else {}, home)
+
+
+def find_adapters(words: Sequence[str]) -> Weights:
+    """The base and adapters behind ``--adapters A=outputs/a B=outputs/b``; the base is served under its own name as well.
+
+    Raises:
+        UserError: if one of them is no adapter, or they cannot share a server.
+    """
+    adapters = serving_adapters.named(words)
+    base = serving_adapters.base_of(adapters)
+    name = Path(base).name
+    if name in adapters:
+        raise UserError(f"--adapters {name}=…; the base has that name; another for the adapter; such as {name}-tuned=…")
+    homes = {name: folder.parent for name, folder in adapters.items()}
+    return Weights(name, base, adapters, homes, next(iter(homes.values())))
 
 
 def has_chat_template(folder: Path) -> bool:
@@ -103,87 +146,79 @@ def has_chat_template(folder: Path) -> bool:
     return (folder / "chat_template.jinja").exists() or (tokenizer.exists() and "chat_template" in files.read_json(tokenizer))
 
 
-def make_plan(run: Path, lora: bool = False, host: str = "127.0.0.1", port: int = 8000, device: str = "auto",
-              max_model_len: int | None = None, extra: tuple[str, ...] = ()) -> Plan:  # fmt: skip
+def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", port: int = 8000, device: str = "auto",
+              max_model_len: int | None = None, extra: tuple[str, ...] = (), adapters: Sequence[str] = (),
+              log: Path | None = None, grace: int = GRACE) -> Plan:  # fmt: skip
     """Put vLLM's command together.
 
     Args:
-        run: see `find_weights`.
+        run: see `find_weights`; ``None`` with ``adapters``.
         lora: serve base plus adapter instead of merged weights; both have a name then, the base's is ``<run>-base``.
         device: ``gpu``, ``cpu`` or ``auto``, which goes by the vLLM that is installed.
         max_model_len: longest context in tokens; ``None`` takes one image and `TEXT_ROOM`.
         extra: further flags for vLLM, which win over those chosen here.
+        adapters: see `find_adapters`.
+        log: file for vLLM's output; ``None``: ``serve-<port>.log`` in the run's folder.
+        grace: see `Plan`.
 
     Raises:
         UserError: for weights that cannot be served, a host beyond loopback without a key, a port or length that cannot be, or
             flags that are not theirs to give.
     """
     check_host(host)
-    check_numbers(port, max_model_len)
+    check_numbers(port, max_model_len, grace)
     check_extra(extra)
-    weights = find_weights(run, lora)
+    if bool(adapters) == (run is not None) or (adapters and lora):
+        raise UserError(
+            "a run or --adapters; one of the two; ./serve.sh outputs/a, or ./serve.sh --adapters A=outputs/a B=outputs/b"
+        )
+    weights = find_adapters(adapters) if adapters else find_weights(run, lora)
     device = installed_device() if device == "auto" else device
-    command = [sys.executable, "-m", "sonovqa.vllm_server", "--model", weights.model]
-    command += ["--served-model-name", f"{weights.name}-base" if lora else weights.name]
+    command = [sys.executable, "-m", "sonovqa.vllm_server", "--model", weights.model, "--served-model-name", weights.name]
     command += ["--host", host, "--port", str(port)]
     command += ["--max-model-len", str(max_model_len or context_length(weights))]
     command += ["--limit-mm-per-prompt", compact({"image": 1, "video": 0})]
     command += ["--enable-prefix-caching", "--generation-config", "vllm"]
     command += ["--structured-outputs-config", compact({"backend": "xgrammar", "disable_any_whitespace": True})]
-    command += ["--allowed-media-domains", NO_DOMAIN, "--middleware", "sonovqa.serving_gate.Gate"]
-    command += adapter_flags(weights) if lora else []
+    command += ["--allowed-media-domains", NO_DOMAIN]
+    command += ["--middleware", "sonovqa.serving_gate.Gate", "--disable-fastapi-docs"]
+    command += ["--shutdown-timeout", str(grace)]
+    if weights.adapters:
+        command += serving_adapters.flags(weights.adapters, weights.model, _config(weights.model).get("model_type"))
     env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_IMAGE_PIXELS": str(images.LARGEST_AREA)}
     if Path(weights.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":
         command += ["--enforce-eager", "--dtype", cpu_dtype(weights.model)]
         env["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; unset, vLLM takes most of the memory
-    log = weights.log_folder / f"serve-{port}.log"
-    return Plan(weights.name, [*command, *extra], env, host, port, f"http://{address(host)}:{port}/v1", log)
-
-
-def adapter_flags(weights: Weights) -> list[str]:
-    """Flags that put an adapter on its base, on the vision tower too, with the run's own pixel budget."""
-    rank = files.read_json(weights.adapter / "adapter_config.json")["r"]
-    fitting = [allowed for allowed in LORA_RANKS if allowed >= rank]
-    if not fitting:
-        raise UserError(
-            f"--lora; rank {rank} is more than vLLM takes; at most {LORA_RANKS[-1]}; serve merged weights: leave --lora out"
-        )
-    flags = ["--enable-lora", "--lora-modules", f"{weights.name}={weights.adapter}", "--max-lora-rank", str(fitting[0])]
-    if touches_vision(weights.adapter):  # vLLM would else leave those layers out with no more than a warning
-        flags.append("--enable-tower-connector-lora")
-    own = pixel_budget(weights.adapter)
-    if own and own != pixel_budget(Path(weights.model)):  # vLLM reads the processor of the base
-        flags += ["--mm-processor-kwargs", compact({"size": dict(zip(("shortest_edge", "longest_edge"), own, strict=True))})]
-    return flags
-
-
-def touches_vision(adapter: Path) -> bool:
-    """Whether an adapter holds layers of the vision tower or its connector."""
-    from safetensors import safe_open
-
-    with safe_open(str(adapter / "adapter_model.safetensors"), "np") as stored:
-        return any("visual" in key or "vision" in key or "multi_modal_projector" in key for key in stored.keys())  # noqa: SIM118
-
-
-def pixel_budget(folder: Path) -> tuple[int, int] | None:
-    """``(fewest, most)`` pixels an image is resized to, from a folder's processor files; ``None`` if they do not say."""
-    size = _image_processor(folder).get("size") or {}
-    return (size["shortest_edge"], size["longest_edge"]) if "longest_edge" in size and "shortest_edge" in size else None
+    log = log or weights.log_folder / f"serve-{port}.log"
+    name, url = next(iter(weights.adapters), weights.name), f"http://{address(host)}:{port}/v1"
+    return Plan(name, [*command, *extra], env, host, port, url, log, weights, grace)
 
 
 def context_length(weights: Weights) -> int:
     """Tokens of one image at the pixel budget's upper end plus `TEXT_ROOM`, in whole thousands, within the model's own limit."""
-    folder = weights.adapter or Path(weights.model)
-    budget, processor = pixel_budget(folder), _image_processor(folder)
-    token = processor.get("patch_size"), processor.get("merge_size")
-    known = budget and all(isinstance(side, int) for side in token)
-    image = math.ceil(budget[1] / (token[0] * token[1]) ** 2) if known else UNKNOWN_IMAGE
+    image = serving_memory.image_tokens(weights.adapter or Path(weights.model), UNKNOWN_IMAGE)
     wanted = math.ceil((image + TEXT_ROOM) / 1024) * 1024
     config = _config(weights.model)
     limit = (config.get("text_config") or config).get("max_position_embeddings")
     return min(wanted, limit) if limit else wanted
+
+
+def memory_told(plan: Plan) -> str:
+    """What fits on this machine, in words (`serving_memory.told`); "" where weights or machine tell nothing."""
+    weights = plan.weights
+    image = serving_memory.image_tokens(weights.adapter or Path(weights.model), UNKNOWN_IMAGE)
+    context = int(plan.command[plan.command.index("--max-model-len") + 1])
+    needs = serving_memory.needs_of(weights.model, list(weights.adapters.values()), image, context)
+    if needs is None:
+        return ""
+    if space := plan.env.get("VLLM_CPU_KVCACHE_SPACE"):
+        from sonovqa import memory
+
+        return serving_memory.cpu_told(needs, float(space), memory.free(cuda=False))
+    gpus = serving_memory.gpus()
+    return serving_memory.told(needs, gpus) if gpus else ""
 
 
 def cpu_dtype(model: str) -> str:
@@ -210,13 +245,15 @@ def check_host(host: str) -> None:
         raise UserError(f"a host beyond loopback needs a key; --host {host}; export VLLM_API_KEY=$(openssl rand -hex 32)")
 
 
-def check_numbers(port: int, max_model_len: int | None) -> None:
-    """Raise `UserError` for a port or a context length (tokens, ``None``: chosen here) that no server could have."""
+def check_numbers(port: int, max_model_len: int | None, grace: int) -> None:
+    """Raise `UserError` for a port, a context length (tokens, ``None``: chosen here) or a grace (seconds) that cannot be."""
     problems = []
     if not 1 <= port <= 65535:
         problems.append(f"--port; {port}; 1 to 65535 is allowed; leave it out for 8000")
     if max_model_len is not None and max_model_len < 1:
         problems.append(f"--max-model-len; {max_model_len}; 1 token or more is allowed; leave it out for one image and its text")
+    if grace < 1:
+        problems.append(f"--grace; {grace}; 1 second or more is allowed; leave it out for {GRACE}")
     cli.check(problems)
 
 
@@ -253,19 +290,6 @@ def address(host: str) -> str:
     if ip.is_unspecified:  # 0.0.0.0 and :: listen everywhere but are nowhere
         return "127.0.0.1" if ip.version == 4 else "[::1]"
     return host if ip.version == 4 else f"[{host}]"
-
-
-def compact(value: dict) -> str:
-    """JSON without blanks, as it stands on a command line."""
-    return json.dumps(value, separators=(",", ":"))
-
-
-def _image_processor(folder: Path) -> dict:
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if (folder / name).exists():
-            told = files.read_json(folder / name)
-            return told.get("image_processor") or told
-    return {}
 
 
 def _config(model: str) -> dict:

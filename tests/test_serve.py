@@ -20,7 +20,7 @@ from keys_and_ports import free_port, no_keys  # noqa: F401 - a fixture
 from PIL import Image
 from stand_in import StandIn
 
-from sonovqa import serving
+from sonovqa import serving, serving_examples
 from sonovqa.cli import UserError
 from sonovqa.serving_plan import Plan
 
@@ -196,12 +196,18 @@ def test_printed_examples_run_as_they_stand(tmp_path):
         plan = example_plan(server.url, tmp_path)
         told = [
             subprocess.run(
-                [sys.executable, "-c", serving.python_example(plan)], cwd=tmp_path, env=env, capture_output=True, text=True
+                [sys.executable, "-c", serving_examples.python_example(plan)],
+                cwd=tmp_path,
+                env=env,
+                capture_output=True,
+                text=True,
             )
         ]
         if shutil.which("curl"):
             told.append(
-                subprocess.run(["bash", "-c", serving.curl_example(plan)], cwd=tmp_path, env=env, capture_output=True, text=True)
+                subprocess.run(
+                    ["bash", "-c", serving_examples.curl_example(plan)], cwd=tmp_path, env=env, capture_output=True, text=True
+                )
             )
     for done in told:
         assert "answer to Assess the normality" in done.stdout, done.stderr

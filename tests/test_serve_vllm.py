@@ -1,4 +1,4 @@
-"""serve.sh with one real vLLM behind it."""
+"""serve.sh with one real vLLM behind it: two adapters on a tiny base, every example of docs/serving.md, and the end."""
 
 from __future__ import annotations
 
@@ -6,15 +6,30 @@ import importlib.util
 import io
 import json
 import os
-import shlex
-import socket
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
+import jsonschema
 import pytest
-from conftest import ROOT
+from conftest import ROOT, noise_image
+from doc_blocks import blocks
 from keys_and_ports import KEYS, free_port, no_keys  # noqa: F401 - a fixture
 from PIL import Image
+
+from sonovqa import files, served_check
+from sonovqa.structured import TASKS
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+KEY = "a-key-of-the-test"
+EXAMPLES = [block for block in blocks(ROOT / "docs" / "serving.md") if block.mark.startswith("example: ")]
 
 CLIENT = """
 import io, json, os, sys
@@ -25,7 +40,7 @@ from sonovqa import chat
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import ImageRequest, LabelRequest
 
-engine = Endpoint(sys.argv[1], retries=0)
+engine = Endpoint(sys.argv[1], "demo", retries=0)
 engine.check()
 stream = io.BytesIO()
 Image.new("RGB", (128, 96), (80, 80, 80)).save(stream, "PNG")
@@ -35,25 +50,20 @@ closed = tuple((q, p, tuple(texts)) for q, p, texts in json.loads(sys.argv[2]))
 weighed = list(engine.likelihoods([LabelRequest("0", stream.getvalue(), None, closed)]))
 client = openai.OpenAI(base_url=engine.base_url, api_key=os.environ.pop("VLLM_API_KEY"))
 asked = chat.openai_messages(stream.getvalue(), "Is it normal?")
-schema = {"type": "object", "properties": {"normal": {"type": "boolean"}}, "required": ["normal"], "additionalProperties": False}
-form = {"type": "json_schema", "json_schema": {"name": "q7", "schema": schema}}
-said = client.chat.completions.create(model=engine.model, messages=asked, temperature=0, max_tokens=30, response_format=form)
 asked[1]["content"][0]["image_url"]["url"] = "http://127.0.0.1:1/x.png"
 try:
     client.chat.completions.create(model=engine.model, messages=asked, max_tokens=3)
     fetched = "fetched"
 except openai.APIStatusError as fault:
     fetched = str(fault)
-told = {"attacks": attacks.run(engine.base_url, engine.model, "a-key-of-the-test")}
-errors = sorted({r.error for r in replies if r.error})
 try:
     engine.check()
     refused = ""
 except Exception as fault:
     refused = str(fault)
-told |= {"model": engine.model, "replies": len(replies), "errors": errors, "refused": refused}
+told = {"models": [m.id for m in client.models.list().data], "replies": len(replies), "refused": refused, "url": fetched}
+told |= {"errors": sorted({r.error for r in replies if r.error})}
 told |= {"weighed": {r.question_id: r.error or r.log_likelihoods for r in weighed}}
-told |= {"json": said.choices[0].message.content, "url": fetched}
 print(json.dumps(told))
 """
 #: Answers of which some begin alike, to be weighed by vLLM and by the local engine.
@@ -64,53 +74,203 @@ CLOSED = [
 ]
 
 
-def weighed_here(model, processor) -> dict[str, tuple[float, ...]]:
-    """What the local engine says to `CLOSED` about the client's image."""
+def make_base(folder: Path) -> Path:
+    """The shipped tiny model in fp32, so that vLLM and the local engine compute alike."""
+    from sonovqa import merging, models
+
+    tiny = models.locate("tiny")
+    model, processor = merging.load_16_bit(tiny, None), models.load_processor(tiny)
+    model.float().save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def make_run(folder: Path, base: Path, data: Path, layers: str, seed: int):
+    """A run as train.py leaves it, as far as serving goes: a random adapter, its rows and what it answers to them.
+
+    Returns:
+        The model with its adapter, and its processor.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from sonovqa import merging, models
+
+    torch.manual_seed(seed)
+    model, processor = merging.load_16_bit(str(base), None), models.load_processor(str(base))
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=16, target_modules=layers, init_lora_weights=False)).eval()
+    model.save_pretrained(folder / "adapter")
+    processor.save_pretrained(folder / "adapter")
+    items = [{"split": "train", "row": row, "branches": list(range(8))} for row in (0, 1, 2, 4)]
+    run = {"run": folder.name, "arguments": {"data": str(data), "task": "all"}, "prompt_variant": "default", "data": "toy"}
+    run |= {"check_items": items}
+    files.write_json(folder / "plan.json", run)
+    files.write_json(folder / "merge.json", {"answers": merging.greedy_answers(run, processor, model)})
+    return model, processor
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, data):
+    """The server with adapters ``demo`` (vision and language) and ``words`` (language alone), once it says it is ready."""
+    home = tmp_path_factory.mktemp("served")
+    base = make_base(home / "tiny-fp32")
+    demo = make_run(home / "demo", base, data, r".*(q_proj|v_proj|qkv|linear_fc1)", 1)
+    make_run(home / "words", base, data, r".*language_model.*(q_proj|up_proj)", 2)
+    (home / "client.py").write_text(CLIENT)
+    (home / "docs").symlink_to(ROOT / "docs")
+    noise_image(320, 240, 5).save(home / "scan.png")
+    noise_image(320, 420, 6).save(home / "page.jpg")
+    env = {k: v for k, v in os.environ.items() if k not in KEYS and not k.lower().endswith("_proxy")}
+    env |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+    (home / "key").write_text(KEY + "\n")
+    port, log, said = free_port(), home / "serve.log", home / "said"
+    words = ["bash", str(ROOT / "serve.sh"), "--adapters", f"demo={home / 'demo'}", f"words={home / 'words'}", "--log", str(log)]
+    with open(said, "wb") as out:
+        process = subprocess.Popen(
+            [*words, "--port", str(port), "--wait", "400"],
+            stdout=out,
+            stderr=out,
+            env=env | {"VLLM_API_KEY_FILE": str(home / "key")},
+        )
+    try:
+        while "ready: " not in said.read_text() and process.poll() is None:
+            time.sleep(0.5)
+        assert process.poll() is None, said.read_text() + (log.read_text()[-3000:] if log.exists() else "")
+        url = f"http://127.0.0.1:{port}"
+        yield SimpleNamespace(
+            home=home, url=url, process=process, said=said, log=log, demo=demo, env=env | {"VLLM_API_KEY": KEY}, data=data
+        )
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def run(served, *words: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    return subprocess.run(words, cwd=served.home, env=served.env, capture_output=True, text=True, timeout=timeout)
+
+
+def test_it_is_ready_once_both_adapters_answer_as_their_own(served):
+    """vLLM's answers, with its adapters on vision tower and language model, are those of the local engine."""
+    said = served.said.read_text()
+    for name in ("demo", "words"):
+        answers = files.read_json(served.home / name / "merge.json")["answers"]
+        assert f"{name}: first answers after" in said
+        assert f"{len(answers)} of {len(answers)} answers to 4 images are those of the merge check" in said, said
+    assert "models: demo, words, and the base as tiny-fp32" in said
+    assert "suggested: VLLM_CPU_KVCACHE_SPACE=" in said
+    mine, other = (files.read_json(served.home / name / "merge.json")["answers"] for name in ("demo", "words"))
+    assert served_check.compare(mine, other).share < served_check.BOUND, "or nothing above would tell the adapters apart"
+
+
+def test_answers_likelihoods_keys_and_image_urls(served):
     from sonovqa.engines import LabelRequest
     from sonovqa.generation import LocalEngine
 
+    done = run(served, sys.executable, "client.py", served.url, json.dumps(CLOSED))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["models"] == ["tiny-fp32", "demo", "words"] and told["replies"] == 24
+    assert set(told["errors"]) <= {"the answer is empty"}  # such a model may say nothing but spaces
+    assert "refuses a request without a key" in told["refused"]
+    assert "fetched" not in told["url"] and "domain" in told["url"].lower()
     stream = io.BytesIO()
     Image.new("RGB", (128, 96), (80, 80, 80)).save(stream, "PNG")
     request = LabelRequest("0", stream.getvalue(), None, tuple((q, p, tuple(texts)) for q, p, texts in CLOSED))
-    return {r.question_id: r.log_likelihoods for r in LocalEngine(model.eval(), processor).likelihoods([request])}
+    here = {r.question_id: r.log_likelihoods for r in LocalEngine(*served.demo).likelihoods([request])}
+    assert {q: pytest.approx(found, abs=0.05) for q, found in here.items()} == told["weighed"]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-def test_real_vllm_end_to_end(tmp_path, tokenizer):
-    """A random tiny model behind real vLLM: name, key, answers and their likelihoods, JSON by schema, no fetching; then gone."""
-    from sonovqa import tiny
+@pytest.mark.parametrize("block", EXAMPLES, ids=[f"{block.mark[9:]}-{block.language}" for block in EXAMPLES])
+def test_examples_of_the_page_run_as_they_stand(served, block):
+    """The port alone is another. What comes back has the schema's form; nobody could ask a tiny model for the right content."""
+    code = block.code.replace("http://127.0.0.1:8000", served.url)
+    started = {"bash": ["bash", "-euo", "pipefail", "-c"], "python": [sys.executable, "-c"]}
+    if block.language == "javascript":
+        if not shutil.which("node"):
+            pytest.skip("there is no Node here")
+        started["javascript"] = ["node", "--input-type=module", "-e"]
+    done = run(served, *started[block.language], code)
+    assert done.returncode == 0, done.stdout + done.stderr
+    kind, shown = block.mark[9:], done.stdout
+    if kind in ("report", "medications", "extract"):
+        told = json.loads(shown)
+        told = json.loads(told["choices"][0]["message"]["content"]) if "choices" in told else told
+        told = told.get("report", told)
+        for name in ("medications", "findings", "values") if kind == "extract" else (kind,):
+            jsonschema.validate({name: told[name]} if kind == "extract" else told, TASKS[name].schema)
+    elif kind == "choice":
+        assert shown.strip() in ("left", "right", "unclear")
+    elif kind == "metrics":
+        assert "vllm:num_requests_running" in shown
+    else:
+        assert shown.strip() and ("[DONE]" in shown or "data:" not in shown)
 
-    folder = tmp_path / "demo" / "merged"
-    model, processor = tiny.make_model(tokenizer, "small"), tiny.make_processor(tokenizer)
-    processor.chat_template = tiny.CHAT_TEMPLATE.replace("assistant '", "assistant\n'").replace("role + ' '", "role + '\n'")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    port = free_port()
-    (tmp_path / "client.py").write_text(CLIENT)
-    words = [sys.executable, str(tmp_path / "client.py"), f"http://127.0.0.1:{port}", json.dumps(CLOSED)]
-    client = shlex.join(["env", f"PYTHONPATH={ROOT}:{ROOT / 'tests'}", *words])
-    env = {k: v for k, v in os.environ.items() if k not in KEYS and not k.lower().endswith("_proxy")}
-    words = ["bash", str(ROOT / "serve.sh"), str(folder.parent), "--port", str(port), "--wait", "400", "--then", client]
-    env |= {"PYTHON": sys.executable, "VLLM_API_KEY": "a-key-of-the-test"}
-    done = subprocess.run(words, capture_output=True, text=True, env=env, timeout=500)
-    log = (folder.parent / f"serve-{port}.log").read_text()
-    assert done.returncode == 0, done.stdout + done.stderr + log[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert (told["model"], told["replies"]) == ("demo", 24)
-    assert set(told["errors"]) <= {"the answer is empty"}  # a random model may say nothing but spaces
-    here = weighed_here(model, processor)
-    assert {q: pytest.approx(found, abs=0.02) for q, found in here.items()} == told["weighed"]
-    assert told["json"] in ('{"normal":true}', '{"normal":false}')
-    assert "refuses a request without a key" in told["refused"]
-    assert "a-key-of-the-test" not in log + done.stdout + done.stderr
-    assert "fetched" not in told["url"] and "domain" in told["url"].lower()
-    attacks = told["attacks"]
-    assert attacks["fetched"] == [], "the server was made to fetch"
-    assert {name: status for name, status in attacks["refused"].items() if status < 400} == {}
-    assert {path: status for path, status in attacks["without a key"].items() if status not in (401, 404)} == {}
-    assert attacks["largest"]["said"] in (413, 0) and attacks["largest"]["unsaid"] in (411, 413, 0)
-    assert attacks["health"] == 200
-    assert attacks["listening"] and all(address in ("127.0.0.1", "::1") for address in attacks["listening"])
-    assert attacks["command lines with the key"] == []
-    with pytest.raises(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=2):
-        pass
+
+def test_attacks_on_the_server_come_to_nothing(served):
+    code = "import json, os, sys; sys.path.append(sys.argv[1]); import attacks\n"
+    code += "print(json.dumps(attacks.run(sys.argv[2], 'demo', os.environ['VLLM_API_KEY'])))"
+    done = run(served, sys.executable, "-c", code, str(ROOT / "tests"), f"{served.url}/v1")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["fetched"] == [], "the server was made to fetch"
+    assert {name: status for name, status in told["refused"].items() if status < 400} == {}
+    assert {path: status for path, status in told["without a key"].items() if status not in (401, 404)} == {}
+    assert told["largest"]["said"] in (413, 0) and told["largest"]["unsaid"] in (411, 413, 0)
+    assert told["health"] == 200
+    assert told["listening"] and all(address in ("127.0.0.1", "::1") for address in told["listening"])
+    assert told["command lines with the key"] == []
+
+
+def status_of(served, path: str, body: bytes | None = None, **headers: str) -> int:
+    request = urllib.request.Request(served.url + path, body, headers)
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as response:
+            return response.status
+    except urllib.error.HTTPError as fault:
+        return fault.code
+
+
+def test_nothing_answers_without_the_key_which_stands_nowhere(served):
+    chat = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}).encode()
+    sent = {"Content-Type": "application/json"}
+    assert status_of(served, "/v1/chat/completions", chat, **sent) == 401
+    for path in ("/invocations", "/tokenize", "/abort_requests", "/docs", "/openapi.json", "/version", "//v1/models"):
+        assert status_of(served, path, chat if path != "/docs" else None, **sent, Authorization=f"Bearer {KEY}") == 404, path
+    assert status_of(served, "/health") == status_of(served, "/metrics") == 200
+    assert status_of(served, "/v1/models", Authorization=f"Bearer {KEY}") == 200
+    listed = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if readable(path)]
+    assert not [words for words in listed if KEY.encode() in words and b"pytest" not in words]
+    assert KEY not in served.log.read_text() + served.said.read_text()
+
+
+def readable(path: Path) -> bool:
+    try:
+        path.read_bytes()
+        return True
+    except OSError:  # it ended meanwhile
+        return False
+
+
+def test_a_request_in_flight_finishes_when_the_server_is_stopped(served):
+    """The last test: it stops the server."""
+    body = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "ignore_eos": True}
+    request = urllib.request.Request(f"{served.url}/v1/chat/completions", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    request.add_header("Authorization", f"Bearer {KEY}")
+    answers = []
+
+    def ask():
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answers.append(json.load(response))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(1)
+    served.process.send_signal(signal.SIGTERM)
+    asking.join(timeout=60)
+    assert served.process.wait(timeout=60) == 0
+    assert answers[0]["usage"]["completion_tokens"] == 400
+    said = served.said.read_text()
+    assert "stopping vLLM" in said and "cut off" not in said
+    with pytest.raises(OSError):
+        status_of(served, "/health")

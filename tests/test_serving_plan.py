@@ -25,9 +25,9 @@ def write(path: Path, value) -> None:
     path.write_text(json.dumps(value))
 
 
-def model_folder(folder: Path, pixels=(4096, 12288), dtype="bfloat16", longest=32768) -> Path:
+def model_folder(folder: Path, pixels=(4096, 12288), dtype="bfloat16", longest=32768, kind="qwen3_vl") -> Path:
     """A model folder as far as planning looks into it."""
-    write(folder / "config.json", {"dtype": dtype, "text_config": {"max_position_embeddings": longest}})
+    write(folder / "config.json", {"model_type": kind, "dtype": dtype, "text_config": {"max_position_embeddings": longest}})
     size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
     write(folder / "processor_config.json", {"image_processor": {"patch_size": 16, "merge_size": 2, "size": size}})
     (folder / "chat_template.jinja").write_text("{{ messages }}")

@@ -169,13 +169,7 @@ def check(args: argparse.Namespace) -> None:
     prompt_variants.check(args.prompts, args.task)
     hub.check_asked(args)
     tiny = args.model.partition("-")[0] == "tiny"
-    family = families.of_model(args.model if tiny else models.locate(args.model))
-    args.bits = args.bits or (16 if tiny or args.full else family.bits)
-    if args.max_pixels is None and family.pixel_budget:
-        args.max_pixels = None if tiny else 512 * 512
-    for name in ("rank", "alpha", "dropout"):
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(family.lora, name))
+    families.fill_in(args, families.of_model(args.model if tiny else models.locate(args.model)), tiny)
 
 
 def name_run(args: argparse.Namespace) -> Path:

@@ -36,6 +36,7 @@ class Family:
         lora, bits: train.py's defaults.
         unsloth: whether Unsloth's ``FastVisionModel`` loads it; tried where there is CUDA.
         not_served: why vLLM does not serve it; empty: it does.
+        hub: a published checkpoint with weights for the native class of transformers.
     """
 
     name: str
@@ -50,17 +51,18 @@ class Family:
     bits: int = 4
     unsloth: bool = False
     not_served: str = ""
+    hub: str = ""
 
 
 _TEXT = "{%- for part in message.content -%}{%- if part.type == 'text' -%}{{- part.text -}}{%- endif -%}{%- endfor -%}"
-#: BLIP-2's prompt for questions (arXiv:2301.12597, section 4.2); its processor sets the image's tokens before the text.
+#: BLIP-2's prompt for questions (arXiv:2301.12597, section 4.1); its processor sets the image's tokens before the text.
 QUESTION_ANSWER = (
-    "{%- for message in messages -%}"
+    "{{- bos_token -}}{%- for message in messages -%}"
     "{%- if message.role == 'user' -%}{{- 'Question: ' -}}" + _TEXT + "{{- ' Answer:' -}}"
     "{%- elif message.role == 'assistant' -%}{{- ' ' -}}" + _TEXT + "{%- if not loop.last -%}{{- ' ' -}}{%- endif -%}"
     "{%- endif -%}{%- endfor -%}"
 )
-#: Florence-2 reads one instruction (arXiv:2311.06242, section 3.1) and remembers no earlier ones.
+#: Florence-2 reads one instruction (arXiv:2311.06242) and remembers no earlier ones.
 LAST_QUESTION = (
     "{%- set last = messages | map(attribute='role') | list | length - 1 -%}"
     "{%- for message in messages -%}"
@@ -73,25 +75,26 @@ _QWEN = {"shares_prefix": True, "why_not": "", "vision": ("visual",), "pixel_bud
 _TOWER, _MODEL = ("vision_tower", "multi_modal_projector"), ("vision_model", "multi_modal_projector")
 #: By ``model_type`` of the configuration.
 FAMILIES = {
-    "qwen2_vl": Family("Qwen2-VL", **_QWEN),
-    "qwen2_5_vl": Family("Qwen2.5-VL", **_QWEN),
-    "qwen3_vl": Family("Qwen3-VL", **_QWEN),
-    "llava": Family("LLaVA-1.5", True, "", vision=_TOWER, unsloth=True),
+    "qwen2_vl": Family("Qwen2-VL", hub="Qwen/Qwen2-VL-7B-Instruct", **_QWEN),
+    "qwen2_5_vl": Family("Qwen2.5-VL", hub="Qwen/Qwen2.5-VL-7B-Instruct", **_QWEN),
+    "qwen3_vl": Family("Qwen3-VL", hub="Qwen/Qwen3-VL-8B-Instruct", **_QWEN),
+    "llava": Family("LLaVA-1.5", True, "", vision=_TOWER, unsloth=True, hub="llava-hf/llava-1.5-7b-hf"),
     "mllama": Family(
         "Llama 3.2 Vision", why_not="its image stands in cross-attention, not in the sequence", system_turn=False,
-        vision=_MODEL, unsloth=True, not_served="vLLM dropped it in 0.10.2",
+        vision=_MODEL, unsloth=True, not_served="vLLM dropped it in 0.10.2", hub="meta-llama/Llama-3.2-11B-Vision-Instruct",
     ),
     "gemma3": Family(
-        "Gemma 3 (MedGemma 4B)", why_not="its image tokens see each other both ways, in windows", vision=_TOWER, unsloth=True
+        "Gemma 3 (MedGemma 4B)", why_not="its image tokens see each other both ways, in windows", vision=_TOWER,
+        unsloth=True, hub="google/medgemma-4b-it",
     ),
     "blip-2": Family(
         "BLIP-2 OPT", why_not="it takes no positions of one's own", template=QUESTION_ANSWER,
         vision=("vision_model", "qformer", "language_projection"),
-        lora=Lora(8, 16, 0.05, ("q_proj", "v_proj")), bits=8,
+        lora=Lora(8, 16, 0.05, ("q_proj", "v_proj")), bits=8, hub="Salesforce/blip2-opt-2.7b",
     ),
     "florence2": Family(
         "Florence-2", why_not="its encoder reads image and question both ways", template=LAST_QUESTION, encoder_decoder=True,
-        vision=_TOWER, not_served="vLLM has it in a plugin only",
+        vision=_TOWER, not_served="vLLM has it in a plugin only", hub="florence-community/Florence-2-base",
     ),
 }  # fmt: skip
 
@@ -113,9 +116,24 @@ def of_model(name: str) -> Family:
     return of_type("qwen3_vl" if name.partition("-")[0] == "tiny" else weights.config_of(name).get("model_type"))
 
 
+def fill_in(args, family: Family, tiny: bool) -> None:
+    """Set what train.py's command line leaves open: bits, most pixels of an image and LoRA's size.
+
+    Args:
+        args: the parsed command line, changed in place.
+        tiny: the model is the project's own, which computes in 16 bits and has the pixel budget it was made with.
+    """
+    args.bits = args.bits or (16 if tiny or args.full else family.bits)
+    if args.max_pixels is None and family.pixel_budget and not tiny:
+        args.max_pixels = 512 * 512
+    for name in ("rank", "alpha", "dropout"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(family.lora, name))
+
+
 def unread_layers(config) -> tuple[str, ...]:
     """Parts of the names of vision layers whose output nothing reads: LLaVA-1.5 takes its image from the last layer but one
-    (arXiv:2310.03744, section 3), and an adapter on the last would never learn anything."""
+    (arXiv:2304.08485, section 4.1), and an adapter on the last would never learn anything."""
     chosen = getattr(config, "vision_feature_layer", None)
     if not isinstance(chosen, int):
         return ()

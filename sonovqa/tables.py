@@ -8,7 +8,8 @@
 
 A table stands between ``<!-- table: NAME | score | score -->`` and ``<!-- end of table -->``. NAME is an experiment, whose
 runs are shown with the scores named (`sonovqa.experiments_table.figure_of`), its comparisons, prompts and robustness below;
-or ``spine`` (runs of no experiment) or ``bench`` (records of `sonovqa.bench`, outputs/records/bench-*.json).
+or ``spine`` (runs of no experiment), ``bench`` (records of `sonovqa.bench`, outputs/records/bench-*.json) or ``families``
+(`sonovqa.families_table`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from sonovqa import cli, experiments_records, experiments_table, files, records
+from sonovqa import cli, experiments_records, experiments_table, families_table, files, records
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
 
@@ -100,6 +101,8 @@ def text_of(heading: str, found: Mapping[str, Mapping]) -> str:
         found: the records that belong there, by file name.
     """
     name, *specs = (part.strip() for part in heading.split("|"))
+    if name == "families":
+        return markdown(families_table.rows())
     runs = {path: record for path, record in found.items() if kind_of(record) == "run"}
     parts = []
     if runs and name == "spine":

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+import json
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import running
 import torch
-from tiny_families import FAMILIES
+from conftest import ROOT
+from tiny_families import FAMILIES, write
 
 import evaluate
 import train
-from sonovqa import dataset, families, files, finishing, merging, predictions
+from sonovqa import dataset, families, families_table, files, finishing, merging, predictions
 from sonovqa.engines import ImageRequest
 from sonovqa.generation import LocalEngine
 from sonovqa.questions import QUESTIONS
@@ -64,16 +70,29 @@ def asked(few: Path) -> list[ImageRequest]:
     return [ImageRequest(row["image_id"], row["image"]["bytes"], None, prompts) for row in rows]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def trained(request, tokenizer, few, tmp_path_factory) -> Trained:
-    """train.py run on four images, fifty steps of all of them, merged here instead of in a process of its own."""
-    folder = tmp_path_factory.mktemp(request.param.replace("-", ""))
-    torch.manual_seed(0)
-    model, processor = FAMILIES[request.param](tokenizer)
-    processor.chat_template = None if families.of(model.config).template else processor.chat_template
-    model.to(torch.bfloat16).save_pretrained(folder / "base")
-    processor.save_pretrained(folder / "base")
-    made = Trained(folder / "base", folder / "run")
+@pytest.fixture(scope="module")
+def train_one(tokenizer, few, tmp_path_factory):
+    """Runs train.py on a family's tiny checkpoint, once: fifty steps of all four images."""
+
+    @functools.cache
+    def one(name: str) -> Trained:
+        folder = tmp_path_factory.mktemp(name.replace("-", ""))
+        torch.manual_seed(0)
+        write(name, tokenizer, folder / "base")
+        made = Trained(folder / "base", folder / "run")
+        how = {"batch": 16, "steps": 50, "eval_every": 50, "schedule": "constant_with_warmup", "alpha": 32}
+        with pytest.MonkeyPatch.context() as patch:
+            watch(patch, made, few)
+            if not families.FAMILIES[name].pixel_budget:
+                patch.delitem(running.FLAGS, "max-pixels")
+            made.record = running.run(made.base, few, folder, "run", **how)
+        return made
+
+    return one
+
+
+def watch(patch, made: Trained, few: Path) -> None:
+    """Note what train.py's model is at the start and says at the end; merge here instead of in a process of its own."""
     adapt, save = train.adapt, finishing.save
     start: dict[str, torch.Tensor] = {}
 
@@ -82,31 +101,44 @@ def trained(request, tokenizer, few, tmp_path_factory) -> Trained:
         start.update({name: p.detach().clone() for name, p in adapted.named_parameters() if p.requires_grad})
         return adapted
 
-    def watched_save(args, where, loaded, trainer, record):
+    def watched_save(args, folder, loaded, trainer, record):
         now = dict(trainer.model.named_parameters())
         made.moved = {name: not torch.equal(now[name].detach(), before) for name, before in start.items()}
         engine = LocalEngine(trainer.model.eval(), loaded.processor)
-        made.live = {(r.image_id, r.question_id): r.text for r in engine.answer(iter(asked(few)), NEW_TOKENS)}
-        save(args, where, loaded, trainer, record)
+        made.live = {(r.image_id, r.question_id): r.text for r in engine.answer(asked(few), NEW_TOKENS)}
+        save(args, folder, loaded, trainer, record)
 
-    def merged_here(where, gpu_memory):
-        merging.main([str(where)])
-        return files.read_json(where / "merge.json")
+    def merged_here(folder, gpu_memory):
+        merging.main([str(folder)])
+        return files.read_json(folder / "merge.json")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "adapt", watched_adapt)
-        patch.setattr(finishing, "save", watched_save)
-        patch.setattr(merging, "run", merged_here)
-        if not families.of(model.config).pixel_budget:
-            patch.delitem(running.FLAGS, "max-pixels")
-        how = {"batch": 16, "steps": 50, "eval_every": 50, "schedule": "constant_with_warmup", "alpha": 32}
-        made.record = running.run(folder / "base", few, folder, "run", **how)
-    return made
+    patch.setattr(train, "adapt", watched_adapt)
+    patch.setattr(finishing, "save", watched_save)
+    patch.setattr(merging, "run", merged_here)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def trained(request, train_one) -> Trained:
+    """The finished run of each family."""
+    return train_one(request.param)
+
+
+def test_the_table_says_of_every_family_what_was_run():
+    """experiments.md's family table: `tests/test_project.py` holds the page to it, this holds it to what is run here."""
+    assert set(families_table.TESTED) == set(FAMILIES) == set(families.FAMILIES)
+    named = [name for _, names in families_table.UNSLOTH.values() for name in names]
+    assert [name for name in named if not (ROOT / "outputs" / "records" / name).exists()] == []
+    told = {line[1].split("`")[1]: line for line in families_table.rows()[1:]}
+    assert all(("test_vllm" in told[kind][-1]) != bool(family.not_served) for kind, family in families.FAMILIES.items())
+
+
+def test_a_family_that_is_not_tested_says_so(monkeypatch):
+    monkeypatch.setattr(families_table, "TESTED", ())
+    assert all(line[6] == "not run" and "tests/" not in line[5] + line[8] for line in families_table.rows()[1:])
 
 
 def test_overfits(trained):
     losses = running.losses_of(trained.record)
-    print(losses[0], losses[-1])
     assert losses[-1] < losses[0] / 2
     assert [name for name, moved in trained.moved.items() if not moved] == []
 
@@ -118,3 +150,22 @@ def test_same_answers(trained, few, tmp_path, adapter):
     evaluate.main([*words, "--adapter"] if adapter else words)
     told = {(r["image_id"], r["question_id"]): r["prediction"] for r in predictions.read(tmp_path / "out" / "predictions.jsonl")}
     assert told == trained.live
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_vllm_gives_the_same_answers(train_one, few, tmp_path):
+    """The merged weights of every family that vLLM is said to serve, in vLLM, against the model as it was trained."""
+    served = [name for name, family in families.FAMILIES.items() if not family.not_served]
+    wanted, questions = {}, {}
+    for name in served:
+        made = train_one(name)
+        keys = [(request, question_id, prompt) for request in asked(few) for question_id, prompt in request.prompts]
+        for k, (request, _, _) in enumerate(keys):
+            (tmp_path / f"{k}.png").write_bytes(request.image)
+        questions[str(made.folder / "merged")] = [[str(tmp_path / f"{k}.png"), prompt] for k, (_, _, prompt) in enumerate(keys)]
+        wanted[str(made.folder / "merged")] = [made.live[request.image_id, question_id] for request, question_id, _ in keys]
+    files.write_json(tmp_path / "asked.json", questions)
+    words = [sys.executable, str(ROOT / "tests" / "ask_vllm.py"), str(tmp_path / "asked.json")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted

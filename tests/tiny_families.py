@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from sonovqa import architectures, families, tiny
 
 TEXT = {
@@ -149,7 +151,7 @@ def gemma3(tokenizer):
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3ImageProcessor, Gemma3Processor
 
     special = ("<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>",
-               "<image_soft_token>")  # fmt: skip
+               "<image_soft_token>", *("\n" * k for k in range(1, 5)))  # fmt: skip
     marks = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
     own = _tokenizer(tokenizer, special, begin=True, more=marks, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
     text = LLAMA | {"num_hidden_layers": 2, "head_dim": 32, "vocab_size": len(own), "sliding_window": 16, **_ids(own),
@@ -161,6 +163,7 @@ def gemma3(tokenizer):
     )  # fmt: skip
     model = Gemma3ForConditionalGeneration(config)
     torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.2)  # it starts at zero
+    model.generation_config.update(eos_token_id=own.convert_tokens_to_ids(["<eos>", "<end_of_turn>"]))
     images = Gemma3ImageProcessor(size={"height": 56, "width": 56})
     return model, Gemma3Processor(images, own, chat_template=GEMMA_TEMPLATE, image_seq_length=4)
 
@@ -204,6 +207,23 @@ def florence2(tokenizer):
     images = CLIPImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False)
     images.image_seq_length = 17
     return model, _templated(Florence2Processor(images, own), config)
+
+
+def write(name: str, tokenizer, folder: Path) -> None:
+    """A tiny checkpoint of a family in ``folder`` as such models lie on the hub: bf16, their towers' tensors under
+    ``vision_tower.vision_model.``, BLIP-2 and Florence-2 without a chat template."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model, processor = FAMILIES[name](tokenizer)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    if families.of(model.config).template:
+        processor.chat_template = None
+    processor.save_pretrained(folder)
+    if name in ("llava", "gemma3"):  # saved by transformers 5 they lack it; vLLM asks for it
+        weights = load_file(folder / "model.safetensors")
+        renamed = {key.replace("vision_tower.", "vision_tower.vision_model."): value for key, value in weights.items()}
+        save_file(renamed, folder / "model.safetensors", {"format": "pt"})
 
 
 FAMILIES = {

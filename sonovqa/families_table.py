@@ -1,0 +1,63 @@
+"""The family table of experiments.md: what differs by family, and for each claim the test or record that backs it.
+
+`tests/test_families.py` holds `TESTED` to the checkpoints it runs and every record named here to a file; what stands in
+neither says "not run".
+"""
+
+from __future__ import annotations
+
+from sonovqa.families import FAMILIES, Family
+
+_FILE = "tests/test_families.py"
+#: Families of which that file has a tiny random checkpoint.
+TESTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "mllama", "gemma3", "blip-2", "florence2")
+#: Records under outputs/records/ of larger weights, by family, and what they were. They ran through Unsloth.
+UNSLOTH = {"qwen3_vl": ("random weights of the real size", ("h200-2b-4bit.json", "bench-train-h200.json"))}
+HEAD = ["family", "model type, weights for it", "prompt", "image", "LoRA by default", "questions behind one image",
+        "train, evaluate, save, reload, merge", "Unsloth", "vLLM"]  # fmt: skip
+
+
+def rows() -> list[list[str]]:
+    """The table's lines, `HEAD` first."""
+    return [HEAD, *(_row(kind, family) for kind, family in FAMILIES.items())]
+
+
+def _row(kind: str, family: Family) -> list[str]:
+    lora = family.lora
+    shared = f"`tests/test_shared_prefix.py::*[{kind}-*]`" if kind in TESTED else "not run"
+    return [
+        family.name,
+        f"`{kind}`, {family.hub}",
+        _prompt(family),
+        "within a pixel budget" if family.pixel_budget else "one fixed size",
+        f"{', '.join(lora.targets) or 'all linear layers'}; r={lora.rank} alpha={lora.alpha} dropout {lora.dropout:g}; "
+        f"{family.bits} bits",
+        shared if family.shares_prefix else f"no: {family.why_not}",
+        f"tiny random weights, `{_FILE}::*[{kind}*]`" if kind in TESTED else "not run",
+        _unsloth(kind, family),
+        (family.not_served and f"no: {family.not_served}") or _served(kind),
+    ]
+
+
+def _prompt(family: Family) -> str:
+    own = (
+        "its chat template"
+        if family.template is None
+        else "`Question: … Answer:`"
+        if "Answer:" in family.template
+        else "question"
+    )
+    decoder = "; encoder-decoder" if family.encoder_decoder else ""
+    return own + ("" if family.system_turn else ", system text in the question") + decoder
+
+
+def _unsloth(kind: str, family: Family) -> str:
+    if not family.unsloth:
+        return "not used"
+    what, names = UNSLOTH.get(kind, ("", ()))
+    links = ", ".join(f"[{name}](outputs/records/{name})" for name in names)
+    return f"{what}: {links}" if links else "used where there is CUDA; not run"
+
+
+def _served(kind: str) -> str:
+    return f"on a CPU, tiny random weights: `{_FILE}::test_vllm_gives_the_same_answers`" if kind in TESTED else "not run"

@@ -109,7 +109,7 @@ def test_the_peak_is_that_of_all_live_tensors(model, at_once, share):
     with Live() as live:
         list(engine.answer(requests, 24))
     stored = {name: weights.Tensor(tuple(t.shape), "F32") for name, t in made.state_dict().items()}
-    work = memory_peak.workload(processor, made.config.to_dict(), requests, at_once, share, 24)
+    work = memory_peak.workload(engine.encoder, made, requests, at_once, share, 24)
     told = memory_peak.predict(stored, made.config.to_dict(), 16, 4, work)
     beside = told.peak - told.loaded
     print(f"{live.peak / 1e6:.1f} MB live, {beside / 1e6:.1f} MB predicted beside weights of {told.loaded / 1e6:.1f} MB")

@@ -78,9 +78,8 @@ class Encoder:
 
     Args:
         processor: a Hugging Face processor; its image sizes are the pixel budget.
-        model: the model the ids are for; its `get_rope_index` gives M-RoPE positions. ``None`` for the processor alone and
-            plain positions.
-        family: of what the processor belongs to where there is no model; ``None``: a Qwen-VL.
+        model: the model the ids are for; its `get_rope_index` gives M-RoPE positions. ``None`` for a Qwen-VL's processor alone
+            and plain positions.
 
     Attributes:
         family: of the model. Unless it shares a prefix, the model makes positions and mask itself, from the processor's
@@ -88,12 +87,12 @@ class Encoder:
         starts: of an encoder-decoder, the tokens that its decoder begins with; else empty.
     """
 
-    def __init__(self, processor, model=None, family: families.Family | None = None):
-        self.family = (family or families.of_type("qwen3_vl")) if model is None else families.of(model.config)
+    def __init__(self, processor, model=None):
+        self.family = families.of_type("qwen3_vl") if model is None else families.of(model.config)
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = chat.Template(processor, self.family.system_turn)
-        self.starts = _decoder_starts(model.config) if model is not None and self.family.encoder_decoder else []
+        self.starts = _decoder_starts(model.config) if self.family.encoder_decoder else []
         self._rope = _rope_index(model) if self.family.shares_prefix else None
 
     def prefixes(self, images: Sequence, contexts: Sequence[str | None]) -> tuple[list[Prefix], dict[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -22,26 +23,44 @@ def of_case(case: Case, requests: Sequence[ImageRequest]) -> list[dict]:
     """
     if case.engine == VLLM or case.model is None:
         return []
-    from sonovqa import models
-
     try:
-        name = models.locate(case.model)
-        tensors, config = weights.of_model(name), weights.config_of(name)
-        if tensors is None or not config:
-            raise UserError("neither the hub's cache nor the hub tells its tensors")
-        processor = models.load_processor(case.adapter or name)
-        return [_entry(case, level) | _predicted(case, level, tensors, config, processor, requests) for level in case.levels]
+        tensors, model, encoder = _shell(case.model, case.adapter)
+        return [_entry(case, level) | _predicted(case, level, tensors, model, encoder, requests) for level in case.levels]
     except (UserError, OSError, ValueError) as fault:
         return [_entry(case, level) | {"why_not": str(fault).splitlines()[0]} for level in case.levels]
+
+
+@functools.lru_cache(maxsize=1)  # a model's cases follow one another
+def _shell(name: str, adapter: str | None):
+    """A model's stored tensors, the model without its numbers (on torch's meta device), and its encoder.
+
+    Raises:
+        UserError, OSError, ValueError: if headers, configuration or processor cannot be had.
+    """
+    from sonovqa import models
+
+    name = models.locate(name)
+    tensors = weights.of_model(name)
+    if tensors is None:
+        raise UserError("neither the hub's cache nor the hub tells its tensors")
+    processor = models.load_processor(adapter or name)
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from sonovqa.batching import Encoder
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name))
+    return tensors, model, Encoder(processor, model)
 
 
 def _entry(case: Case, level: int) -> dict:
     return {"model": case.label, "bits": case.bits, "engine": case.engine, "level": level, "made": records.now()}
 
 
-def _predicted(case: Case, level: int, tensors: dict, config: Mapping, processor, requests: Sequence[ImageRequest]) -> dict:
-    work = memory_peak.workload(processor, config, requests, level, case.engine == SHARED, case.new_tokens)
-    told = memory_peak.predict(tensors, config, case.bits, memory.device()[1], work)
+def _predicted(case: Case, level: int, tensors: dict, model, encoder, requests: Sequence[ImageRequest]) -> dict:
+    work = memory_peak.workload(encoder, model, requests, level, case.engine == SHARED, case.new_tokens)
+    told = memory_peak.predict(tensors, model.config.to_dict(), case.bits, memory.device()[1], work)
     lora = adapter_bytes(case.adapter)
     parts = told.parts | {"LoRA": lora} if lora else told.parts
     return {"predicted_loaded": told.loaded + lora, "predicted_peak": told.peak + lora, "parts": parts, "work": vars(work)}

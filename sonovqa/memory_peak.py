@@ -52,34 +52,30 @@ class Prediction:
     parts: dict[str, int]
 
 
-def workload(processor, config: Mapping, requests: Sequence[ImageRequest], at_once: int, share: bool, tokens: int) -> Workload:
-    """What `generation.LocalEngine` has in work: all questions of ``at_once`` images, or one question (``share`` off).
+def workload(encoder, model, requests: Sequence[ImageRequest], at_once: int, share: bool, tokens: int) -> Workload:
+    """What `generation.LocalEngine` has in work.
 
     Args:
-        processor: the model's; the requests' first images go through it.
-        config: config.json.
+        encoder: the `batching.Encoder` of model and processor; the requests' first images go through it.
+        model: the model, on whatever device; its configuration is read.
         requests: what will be asked.
-        at_once: images answered together.
-        share: whether an image is encoded once for all of its questions, where the family can.
+        at_once: images answered together, with all of their questions if their image is encoded once for these; else questions.
+        share: whether that was asked for; it is done where the family can (`families.Family.shares_prefix`).
         tokens: new tokens an answer.
     """
     from sonovqa import chat
-    from sonovqa.batching import Encoder
 
-    family = families.of_type(config.get("model_type"))
-    encoder = Encoder(processor, family=family)
-    asked = requests[: at_once if share else 1]
+    apart = not (share and families.of(model.config).shares_prefix)
+    asked = [one for one in requests for _ in (one.prompts if apart else (None,))][:at_once]
     prefixes, vision = encoder.prefixes([chat.open_image(one.image) for one in asked], [one.context for one in asked])
-    questions = [len(prompts) for prompts in (one.prompts if share else one.prompts[:1] for one in asked)]
     branches = [len(encoder.branch(prompt).ids) for one in asked for _, prompt in one.prompts]
-    tower = config.get("vision_config") or {}
+    tower = model.config.to_dict().get("vision_config") or {}
     side = tower.get("patch_size", 14)
     side = side[0] if isinstance(side, list) else side
     pixels = vision["pixel_values"].numel()
     patches = round(pixels / (3 * side**2 * _frames(vision, tower)))
-    apart = 1 if family.shares_prefix else max(questions)  # every question of such a family brings its own copy of the image
-    longest = max(len(prefix.ids) for prefix in prefixes)
-    return Workload(len(asked) * apart, sum(questions), longest, max(branches), tokens, patches * apart, pixels * apart)
+    rows = len(asked) if apart else len(branches)
+    return Workload(len(asked), rows, max(len(prefix.ids) for prefix in prefixes), max(branches), tokens, patches, pixels)
 
 
 def _frames(vision: Mapping, tower: Mapping) -> int:

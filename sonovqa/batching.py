@@ -11,12 +11,13 @@ M-RoPE's (Qwen2-VL, arXiv:2409.12191, section 2.1) for the families that have it
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from sonovqa import chat
+from sonovqa import chat, choice, families, text_only
 from sonovqa.questions import REPORT_ID
 
 IGNORED = -100  # torch's `ignore_index`: a token without loss
@@ -52,11 +53,14 @@ class Branch:
         ids: token ids of question, tail of the template and, in training, answer and end of turn, ``[B]``.
         asked: number of leading tokens that belong to the question: no loss on them.
         weight: the loss weight of each of its answer tokens.
+        place: instead of an answer's tokens, a label at the question's last one: its kind's number and its column
+            (`choice.Head.place`).
     """
 
     ids: list[int]
     asked: int
     weight: float = 1.0
+    place: tuple[int, int | None] | None = None
 
 
 class Encoder:
@@ -67,13 +71,15 @@ class Encoder:
         model: the model the ids are for; its `get_rope_index` gives M-RoPE positions. ``None`` for plain positions.
         own_positions: the model makes positions and mask itself, from the processor's marks: for families that take no
             others (`families.Family.shares_prefix`). Then a row holds one branch.
+        head: the labels of a run that answers by a choice head, or ``None``.
     """
 
-    def __init__(self, processor, model=None, own_positions: bool = False):
-        self.own_positions = own_positions
+    def __init__(self, processor, model=None, own_positions: bool = False, head: choice.Head | None = None):
+        self.own_positions, self.head = own_positions, head
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = chat.Template(processor)
+        texts = processor.image_processor is None
+        self.template = text_only.TextTemplate(self.tokenizer) if texts else chat.Template(processor)
         self._rope = _rope_index(model)
 
     def prefixes(self, images: Sequence, contexts: Sequence[str | None]) -> tuple[list[Prefix], dict[str, torch.Tensor]]:
@@ -112,6 +118,25 @@ class Encoder:
         told = [] if answer is None else self._ids(answer + self.template.end_of_turn)
         return Branch(asked + told, len(asked), weight)
 
+    def tasks_of(self, row: dict, task: str, variant: str) -> list[dict]:
+        """What is asked of a row: `chat.tasks_of`, or `choice.tasks_of` where there is a choice head."""
+        return choice.tasks_of(row, task, variant, self.head) if self.head else chat.tasks_of(row, task, variant)
+
+    def branch_of(self, asked: dict, weight: float = 1.0) -> Branch:
+        """The training branch of one of `tasks_of`: with its answer, or with its label at the last token of the question."""
+        if self.head is None:
+            return self.branch(asked["prompt"], asked["answer"], weight)
+        return dataclasses.replace(self.branch(asked["prompt"], weight=weight), place=asked["place"])
+
+    def batch(self, prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], vision: dict) -> dict[str, torch.Tensor]:
+        """`assemble` with all that the model wants beside it: the vision tensors, the processor's marks where it makes its own
+        positions, and the rows of the LM head that a choice is between."""
+        made = assemble(prefixes, branches, self.tokenizer.pad_token_id)
+        if self.own_positions:
+            del made["position_ids"]
+            made |= _padded_types(prefixes, made["input_ids"].shape[1])
+        return made | vision | (label_rows(self.head) if self.head else {})
+
     def prefix_lengths(self, sizes: Sequence[tuple[int, int]], contexts: Sequence[str | None]) -> list[int]:
         """Tokens of each prefix from image sizes ``(width, height)`` alone: nothing is decoded or resized."""
         counted = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
@@ -121,6 +146,13 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def encoder_for(processor, model, head: choice.Head | None = None) -> Encoder:
+    """The encoder for a model as its family takes batches, with a run's choice head."""
+    if processor.image_processor is None:
+        return text_only.encoder(processor, head)
+    return Encoder(processor, model, not families.of(model.config).shares_prefix, head)
 
 
 def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -134,7 +166,8 @@ def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], p
     Returns:
         ``input_ids`` ``[R, L]``; ``position_ids`` ``[3, R, L]`` or ``[R, L]``; ``segments`` ``[R, L]`` (0 prefix, k the
         k-th branch, -1 padding); ``labels`` ``[R, L]`` (`IGNORED` but at answers and ends of turn); ``weights``
-        ``[R, L]``, the loss weight of each label.
+        ``[R, L]``, the loss weight of each label. Of a choice ``labels`` holds the label's column, at the question's last
+        token itself, and ``kinds`` ``[R, L]`` the number of its kind.
     """
     lengths = [len(p.ids) + sum(len(b.ids) for b in row) for p, row in zip(prefixes, branches, strict=True)]
     rows, length = len(lengths), max(lengths)
@@ -144,6 +177,7 @@ def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], p
     segments = torch.full((rows, length), -1)
     labels = torch.full((rows, length), IGNORED)
     weights = torch.zeros((rows, length))
+    kinds = torch.zeros((rows, length), dtype=torch.long)
     for r, (prefix, row) in enumerate(zip(prefixes, branches, strict=True)):
         at = len(prefix.ids)
         ids[r, :at], positions[..., r, :at], segments[r, :at] = prefix.ids, prefix.positions, 0
@@ -155,7 +189,20 @@ def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], p
             labels[r, told] = ids[r, told]
             weights[r, told] = branch.weight
             at = here.stop
-    return {"input_ids": ids, "position_ids": positions, "segments": segments, "labels": labels, "weights": weights}
+            if branch.place is not None and branch.place[1] is not None:
+                kinds[r, at - 1], labels[r, at - 1] = branch.place
+                weights[r, at - 1] = branch.weight
+    made = {"input_ids": ids, "position_ids": positions, "segments": segments, "labels": labels, "weights": weights}
+    return made | ({"kinds": kinds} if any(branch.place for row in branches for branch in row) else {})
+
+
+def label_rows(head: choice.Head) -> dict[str, torch.Tensor]:
+    """What a batch of choices needs: ``label_rows`` ``[U]``, the token ids whose rows of the LM head are compared, and
+    ``label_sets`` ``[kinds, U]``, True where a token stands for a label of the kind."""
+    sets = torch.zeros((len(head.sets), len(head.tokens)), dtype=torch.bool)
+    for kind, columns in enumerate(head.columns.values()):
+        sets[kind, columns] = True
+    return {"label_rows": torch.tensor(head.tokens), "label_sets": sets}
 
 
 def attention_mask(segments: torch.Tensor) -> torch.Tensor:
@@ -192,21 +239,17 @@ class Collator:
         """Batch the plan's items ``{split, row, branches, weights}``, with an augmentation ``draw`` too; see `assemble` for
         what comes back, with the vision tensors; with ``own_positions`` the processor's marks instead of positions."""
         rows = [self.source[item["split"]][item["row"]] for item in plan]
-        images = [chat.open_image(row["image"]["bytes"]) for row in rows]
+        images = [None if row["image"] is None else chat.open_image(row["image"]["bytes"]) for row in rows]
         for i, item in enumerate(plan):
             if self.augmentation is not None and item["split"] == "train":
                 images[i], rows[i] = self.augmentation(images[i], self._only_asked(rows[i]), item["draw"])
         prefixes, vision = self.encoder.prefixes(images, [row.get("context") for row in rows])
         branches = []
         for item, row in zip(plan, rows, strict=True):
-            tasks = chat.tasks_of(row, self.task, self.variant)
+            tasks = self.encoder.tasks_of(row, self.task, self.variant)
             chosen = zip(item["branches"], item["weights"], strict=True)
-            branches.append([self.encoder.branch(tasks[k]["prompt"], tasks[k]["answer"], weight) for k, weight in chosen])
-        batch = assemble(prefixes, branches, self.encoder.tokenizer.pad_token_id)
-        if self.encoder.own_positions:
-            del batch["position_ids"]
-            batch |= _padded_types(prefixes, batch["input_ids"].shape[1])
-        return batch | vision
+            branches.append([self.encoder.branch_of(tasks[k], weight) for k, weight in chosen])
+        return self.encoder.batch(prefixes, branches, vision)
 
     def _only_asked(self, row: dict) -> dict:
         """The row with the questions of the task: what nobody asks need not stay true of the picture."""

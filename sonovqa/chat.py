@@ -14,7 +14,7 @@ import re
 from sonovqa import prompt_variants
 from sonovqa.questions import REPORT_ID, SYSTEM_TEXT, report_text
 
-_QUESTION, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
+QUESTION_MARK, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
 
 _PIXEL_SIZE = re.compile(r"Pixel size: (\d+(?:\.\d+)?) mm")
 
@@ -131,17 +131,18 @@ class Template:
 
     def __init__(self, processor):
         self._render = processor.apply_chat_template
-        whole = self._render(messages(None, _QUESTION, answer=_ANSWER), tokenize=False)
-        asked = self._render(messages(None, _QUESTION), tokenize=False, add_generation_prompt=True)
-        if asked.count(_QUESTION) != 1 or whole.count(_ANSWER) != 1 or not whole.startswith(asked):
+        whole = self._render(messages(None, QUESTION_MARK, answer=_ANSWER), tokenize=False)
+        asked = self._render(messages(None, QUESTION_MARK), tokenize=False, add_generation_prompt=True)
+        if asked.count(QUESTION_MARK) != 1 or whole.count(_ANSWER) != 1 or not whole.startswith(asked):
             raise ValueError("the chat template does not render question and answer once, in order")
-        self.tail = asked.split(_QUESTION)[1]
+        self.tail = asked.split(QUESTION_MARK)[1]
         self.end_of_turn = whole.split(_ANSWER)[1].rstrip()
 
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a handful of templates live as long as the process
     def prefix(self, context: str | None = None) -> str:
         """System text, image placeholder and context: what all questions of one image share."""
-        return self._render(messages(None, _QUESTION, context), tokenize=False, add_generation_prompt=True).split(_QUESTION)[0]
+        asked = messages(None, QUESTION_MARK, context)
+        return self._render(asked, tokenize=False, add_generation_prompt=True).split(QUESTION_MARK)[0]
 
     def branch(self, prompt: str) -> str:
         """One question from the end of the shared prefix to where the answer begins."""

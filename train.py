@@ -237,7 +237,7 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     trainer = training.SharedImageTrainer(
         model=model,
         args=config,
-        processing_class=processor,
+        processing_class=processor.tokenizer if processor.image_processor is None else processor,
         callbacks=callbacks,
         gamma=args.focal,
         data_collator=Collator(splits, encoder, args.task, args.prompts, augment),

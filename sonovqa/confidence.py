@@ -23,9 +23,10 @@ from sonovqa import answers, asking, cli, measures, predictions
 from sonovqa.asking import Item
 from sonovqa.engines import LabelRequest, Weigher
 from sonovqa.predictions import Key
+from sonovqa.questions import TEXT_LABEL
 
 CLOSED = ("Q3", "Q5", "Q6", "Q7")  # one label an answer; Q1, Q4 and Q8 are sets, Q2 has parts
-YES_NO, TEXT = "closed", measures.TEXT  # answer types: yes-or-no questions, labels of texts
+YES_NO, TEXT = "closed", TEXT_LABEL  # answer types: yes-or-no questions, labels of texts
 MOST_WORDINGS = 8  # of one label; the commonest of the training split
 _CHOICE = re.compile(r"\bor\b", re.IGNORECASE)
 

@@ -11,14 +11,13 @@ import numpy as np
 
 from sonovqa import answers, extraction, metrics, overlap, prompt_variants
 from sonovqa.metrics import Score, mean
-from sonovqa.questions import QUESTIONS, REPORT_ID
+from sonovqa.questions import QUESTIONS, REPORT_ID, TEXT_LABEL
 
 Meaning = answers.Meaning
 #: From the references' meanings and the answers', ``None`` where unread, to scores by name.
 Measure = Callable[[Sequence[Meaning | None], Sequence[Meaning | None]], dict[str, Score]]
 NEAR = 0.10  # a measured value within 10 % of the reference's counts as right in `within 10 %`
 TOLERANCE = 0.05  # two numbers in free answers mean the same within 5 %
-TEXT = "label"  # answer type of a text's label (`csv_text`): a name, never read for a meaning
 _WEEK_BINS = ("under 8", *answers.CANONICAL["Q5"])
 
 
@@ -51,7 +50,7 @@ def meaning(row: dict, text: str) -> Meaning | None:
     if _extracts(row):
         key = extraction.key_of(text)
         return None if key is None else Meaning(key, frozenset((key,)))
-    if row.get("answer_type") == TEXT:
+    if row.get("answer_type") == TEXT_LABEL:
         name = " ".join(text.split())
         return Meaning(name, frozenset((name,))) if name else None
     return read(row["question_id"], _understood(row, text), row.get("question") or "")
@@ -91,7 +90,7 @@ def right(row: dict, text: str) -> bool:
     """
     if _extracts(row):
         return extraction.score(row["reference"], text)["combined"] == 1
-    if row.get("answer_type") == TEXT:
+    if row.get("answer_type") == TEXT_LABEL:
         return key_of(row, text) == key_of(row, row["reference"])
     return _same(row["question_id"], row.get("question") or "", row["reference"], _understood(row, text))
 
@@ -302,5 +301,5 @@ _OWN: dict[str, Measure] = {
     "Q7": _two_classes("abnormal", "normal"),
     "Q8": _sets,
     "closed": _two_classes("yes", "no"),
-    TEXT: _labels,
+    TEXT_LABEL: _labels,
 }

@@ -123,6 +123,9 @@ REPORT_PROMPTS = {
 }
 REPORT_FORMS = {"structured": Form("all eight titles, in order", f".*{'.*'.join(_TITLES)}.*")}
 
+#: Question id and answer type of a text's label (`csv_text`): a name, never read for a meaning.
+TEXT_LABEL = "label"
+
 #: What ``--task`` takes.
 TASKS = ("all", REPORT_ID, *QUESTIONS)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from sonovqa import chat
+from sonovqa import chat, torchvision_ops
 from sonovqa.cli import UserError
 
 _BARE = ("Text: ", "\nLabel:")  # around a text for a base model whose tokenizer has no chat template
@@ -64,6 +64,7 @@ class TextTemplate:
 
 def is_text_only(config: dict) -> bool:
     """Whether a config.json is of a causal language model that takes no images, by transformers' own tables."""
+    torchvision_ops.declare()  # before the first import of transformers, which notes what is installed
     from transformers.models.auto import modeling_auto
 
     kind = config.get("model_type")

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
-from sonovqa import chat, choice, confidence, prompt_variants
+from sonovqa import chat, choice, confidence, prompt_variants, records
 from sonovqa.choice import Head
 from sonovqa.cli import UserError
-from sonovqa.endpoint import Asked, Endpoint, IncompleteError
+from sonovqa.endpoint import Asked, Endpoint, IncompleteError, questions_of
 from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply
 
 NEVER = -1e9  # log-likelihood of a wording that a choice cannot give; its probability is 0
@@ -129,10 +131,8 @@ class ChoiceEndpoint(Endpoint):
             yield LabelReply(reply.image_id, reply.question_id, *_by_wording(reply, texts))
 
     def _questions(self, requests: Iterable[ImageRequest]) -> Iterator:
-        from sonovqa.endpoint import questions_of
-
         for request in requests:
-            for one in questions_of([request]):
+            for one in questions_of([request]) if request.image is not None else _texts(request):
                 prompt = dict(request.prompts)[one.question_id]
                 kind = kind_of(self.head, one.question_id, prompt)
                 lost = isinstance(one, Asked) and kind is None
@@ -174,6 +174,20 @@ def _read(completion, tokens: list[int]) -> list[float]:
     return [found[name] for name in names]
 
 
+def serving_note(run: Path) -> str:
+    """How a served run wants to be asked if it answers by a choice head; "" of any other."""
+    head = choice.of_run(records.read_run(run.parent if run.name == "merged" else run))
+    if head is None:
+        return ""
+    spelt = {label.spelt: label.token for labels in head.sets.values() for label in labels}
+    extra = {"max_tokens": 1, "temperature": 0, "allowed_token_ids": list(head.tokens)}
+    return (
+        f"{run} answers by a {head.describe()}: asked freely it says whatever the base would. evaluate.py and inference.py ask it "
+        f"rightly with --head {run}; of other clients each request needs {json.dumps(extra)}, of these tokens the ones of the "
+        f"question's own labels: {json.dumps(spelt)}"
+    )
+
+
 def kind_of(head: Head, question_id: str, prompt: str) -> str | None:
     """The kind under which a head answers a prompt, or ``None``: by its question's id, else by its wording (a question about a
     grey image has no such id), else as what has no labels of its own: a yes-or-no question, or a text."""
@@ -197,6 +211,12 @@ def _reply(head: Head, request: ImageRequest, question_id: str, prompt: str, tol
         return Reply(request.image_id, question_id, "", told, None, 0, 0.0)
     best = head.answer_of(kind_of(head, question_id, prompt), max(told, key=told.get))
     return Reply(request.image_id, question_id, best, None, "stop", 0, waited, told)
+
+
+def _texts(request: ImageRequest) -> Iterator[Asked]:
+    """A text's turn as `text_only.TextTemplate` renders it: the text and nothing else; the server's template does the rest."""
+    for question_id, prompt in request.prompts:
+        yield Asked(request.image_id, question_id, [{"role": "user", "content": prompt}])
 
 
 def _by_wording(reply: Reply, texts: tuple[str, ...]) -> tuple[tuple[float, ...], str | None]:

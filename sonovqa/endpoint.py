@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from sonovqa import chat, endpoint_likelihoods
 from sonovqa.cli import UserError
+from sonovqa.endpoint_dialect import Dialect
 from sonovqa.endpoint_likelihoods import Weighed
 from sonovqa.engines import EngineError, ImageRequest, LabelReply, LabelRequest, Reply
 
@@ -69,6 +70,7 @@ class Endpoint:
         self.base_url = base_url.rstrip("/") + ("/v1" if url.path in ("", "/") else "")
         self.model, self.in_flight, self.timeout = model, in_flight, timeout
         self.retries, self.backoff = retries, backoff
+        self.dialect = Dialect()
         self.key_names, self.extra = (key_env,) if key_env else KEY_NAMES, extra or {}
         if key_env and not self._key():
             raise UserError(f"--api-key-env; {key_env} is not set in the environment; export {key_env}=…")
@@ -138,9 +140,9 @@ class Endpoint:
 
         shown = ""
         for attempt in itertools.count(1):
-            text = ""
+            text, request = "", self._request(messages, max_new_tokens)
             try:
-                for piece in self._stream_once(messages, max_new_tokens):
+                for piece in self._stream_once(request):
                     text += piece
                     if text.startswith(shown) and text != shown:
                         new, shown = text[len(shown) :], text
@@ -149,16 +151,18 @@ class Endpoint:
                     return
                 raise EngineError("the connection broke and the answer then began differently; ask again")
             except (openai.APIError, IncompleteError, ValueError) as fault:
+                if self.dialect.learns(fault, request):
+                    continue
                 if attempt > self.retries or not may_pass(fault):
                     raise EngineError(in_words(fault)) from fault
                 time.sleep(self._pause(attempt, fault))
 
-    def _stream_once(self, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
+    def _stream_once(self, request: dict) -> Iterator[str]:
         import openai
 
         reason, empty = None, True
         with self._client(openai.OpenAI) as client:
-            for event in client.chat.completions.create(**self._request(messages, max_new_tokens), stream=True):
+            for event in client.chat.completions.create(**request, stream=True):
                 for choice in event.choices or ():
                     reason = choice.finish_reason or reason
                     if piece := choice.delta.content:
@@ -217,13 +221,16 @@ class Endpoint:
             try:
                 return read(await client.chat.completions.create(**request)), None
             except (openai.APIError, IncompleteError, ValueError) as fault:  # ValueError: a body that is no JSON
+                if self.dialect.learns(fault, request):
+                    request = self.dialect.spoken(request)
+                    continue
                 if attempt > self.retries or not may_pass(fault):
                     return None, in_words(fault) + (f" (tried {attempt} times)" if attempt > 1 else "")
                 await asyncio.sleep(self._pause(attempt, fault))
 
     def _request(self, messages: list[dict], max_new_tokens: int) -> dict:
         asked = {"model": self.model or "", "messages": messages, "max_tokens": max_new_tokens, "temperature": 0.0}
-        return asked | ({"extra_body": self.extra} if self.extra else {})
+        return self.dialect.spoken(asked | ({"extra_body": self.extra} if self.extra else {}))
 
     def _key(self) -> str | None:
         return next((os.environ[name] for name in self.key_names if os.environ.get(name)), None)

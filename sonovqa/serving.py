@@ -25,7 +25,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from sonovqa import chat, cli, serving_plan
+from sonovqa import chat, choosing, cli, serving_plan
 from sonovqa.cli import UserError, console
 from sonovqa.serving_plan import Plan
 
@@ -67,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(plan.shown())
         return 0
+    if note := choosing.serving_note(args.run):
+        console.print(note, markup=False, soft_wrap=True)
     return serve(plan, args.wait, args.then)
 
 

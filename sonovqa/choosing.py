@@ -182,7 +182,7 @@ def serving_note(run: Path) -> str:
     spelt = {label.spelt: label.token for labels in head.sets.values() for label in labels}
     extra = {"max_tokens": 1, "temperature": 0, "allowed_token_ids": list(head.tokens)}
     return (
-        f"{run} answers by a {head.describe()}: asked freely it says whatever the base would. evaluate.py and inference.py ask it "
+        f"{run} answers by a {head.describe()}: asked freely it says anything. evaluate.py and inference.py ask it "
         f"rightly with --head {run}; of other clients each request needs {json.dumps(extra)}, of these tokens the ones of the "
         f"question's own labels: {json.dumps(spelt)}"
     )

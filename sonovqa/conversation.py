@@ -45,10 +45,12 @@ class LocalAnswerer:
     """Answers with a model in this process, loaded from a run, a model folder, a hub id or ``tiny``."""
 
     def __init__(self, run: str, bits: int = 16, adapter: bool = False):
-        from sonovqa import models, serving_plan
+        from sonovqa import answering, models, serving_plan
 
         name, added = run, None
-        if Path(run).is_dir():
+        if is_of_texts(run):  # it is asked with its tokenizer's template or with none, so it need not be fit to be served
+            name, added = answering.model_of(argparse.Namespace(run=run, adapter=adapter))
+        elif Path(run).is_dir():
             weights = serving_plan.find_weights(Path(run), adapter)
             name, added = weights.model, weights.adapter
         self.name, self._run, self._head = run, run, head_of(run)

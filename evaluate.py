@@ -70,7 +70,7 @@ def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
     what = parser.add_argument_group("what is asked")
     what.add_argument("--data", type=Path, required=True, help="a folder made by prepare_dataset.py")
     what.add_argument("--split", choices=SPLITS, default="test", help="whose questions are asked")
-    what.add_argument("--task", choices=TASKS, default="all", help="all questions, the combined report, or one question")
+    what.add_argument("--task", choices=TASKS, default="all", help="all questions, one report, yes-or-no ones, one")
     lines = {"nargs": "+", "help": "lines as train.py takes them, compared with the run's own (unset: every prompt there is)"}
     line = {"help": "a prompt's name, or one a question: Q7=simple,Q2=short (unset: as trained)"}
     what.add_argument("--prompts", metavar="NAME", dest="prompt", **(lines if several else line))

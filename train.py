@@ -32,7 +32,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flag = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, required=True, help="a folder that prepare_dataset.py wrote")
-    data.add_argument("--task", choices=TASKS, default="all", help="all eight questions, one combined report, or one question")
+    data.add_argument("--task", choices=TASKS, default="all", help="all questions, one report, yes-or-no ones, one")
     data.add_argument(
         "--prompts", default="default", metavar="NAME", help="prompt variant, or one a question: Q7=clinical,Q2=short"
     )

@@ -253,7 +253,7 @@ class Collator:
 
     def _only_asked(self, row: dict) -> dict:
         """The row with the questions of the task: what nobody asks need not stay true of the picture."""
-        kept = [q for q in row["questions"] if self.task in ("all", REPORT_ID, q["question_id"])]
+        kept = [q for q in row["questions"] if self.task == REPORT_ID or chat.is_asked(q, self.task)]
         return {**row, "questions": kept}
 
 

@@ -10,12 +10,14 @@ import base64
 import functools
 import io
 import re
+from collections.abc import Mapping
 
 from sonovqa import prompt_variants
-from sonovqa.questions import REPORT_ID, SYSTEM_TEXT, report_text
+from sonovqa.questions import REPORT_ID, SYSTEM_TEXT, YES_NO_TASK, report_text
 
 QUESTION_MARK, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
 
+_CHOICE = re.compile(r"\bor\b", re.IGNORECASE)
 _PIXEL_SIZE = re.compile(r"Pixel size: (\d+(?:\.\d+)?) mm")
 
 
@@ -57,7 +59,7 @@ def tasks_of(row: dict, task: str = "all", variant: str = "default") -> list[dic
 
     Args:
         row: a row of the data set; only ``questions`` is read.
-        task: ``all``, ``report`` or one question id.
+        task: one of `questions.TASKS`, or another question id.
         variant: a line of `prompt_variants.variants`.
 
     Returns:
@@ -78,8 +80,18 @@ def tasks_of(row: dict, task: str = "all", variant: str = "default") -> list[dic
             "answer": prompt_variants.answer_for(q["question_id"], q["answer"], variant),
         }
         for q in asked
-        if task in ("all", q["question_id"])
+        if is_asked(q, task)
     ]
+
+
+def is_yes_no(entry: Mapping) -> bool:
+    """Whether a question, with its ``question`` and ``answer_type``, is closed and not of the form "… or …"."""
+    return entry["answer_type"] == "closed" and not _CHOICE.search(entry["question"])
+
+
+def is_asked(entry: Mapping, task: str) -> bool:
+    """Whether a stored question is asked as such under ``--task``; ``report`` asks none, for it asks about all at once."""
+    return task in ("all", entry["question_id"]) or (task == YES_NO_TASK and is_yes_no(entry))
 
 
 def messages(image, prompt: str, context: str | None = None, answer: str | None = None) -> list[dict]:

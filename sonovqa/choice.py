@@ -108,7 +108,7 @@ def of_training(split, tokenizer, task: str) -> Head:
     Args:
         split: rows as stored; only ``questions`` is read.
         tokenizer: of the model.
-        task: ``all`` for all closed questions, or one question id.
+        task: ``all`` for all closed questions, ``yes-no``, or one question id.
 
     Raises:
         UserError: if no closed question with two labels or more is asked, or labels have no tokens to stand for them.
@@ -116,7 +116,7 @@ def of_training(split, tokenizer, task: str) -> Head:
     said: dict[str, dict[str, Counter]] = defaultdict(lambda: defaultdict(Counter))
     for questions in split["questions"]:
         for entry in questions:
-            kind = confidence.closed_kind(entry) if task in ("all", entry["question_id"]) and entry["answer"] else None
+            kind = confidence.closed_kind(entry) if entry["answer"] and chat.is_asked(entry, task) else None
             name = kind and confidence.label_of(entry, entry["answer"])
             if name and name != "unread":
                 said[kind][name][entry["answer"]] += 1

@@ -14,12 +14,11 @@ The local engine weighs all wordings of all questions of an image in one pass wi
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sonovqa import answers, asking, cli, measures, predictions
+from sonovqa import answers, asking, chat, cli, measures, predictions
 from sonovqa.asking import Item
 from sonovqa.engines import LabelRequest, Weigher
 from sonovqa.predictions import Key
@@ -28,7 +27,6 @@ from sonovqa.questions import TEXT_LABEL
 CLOSED = ("Q3", "Q5", "Q6", "Q7")  # one label an answer; Q1, Q4 and Q8 are sets, Q2 has parts
 YES_NO, TEXT = "closed", TEXT_LABEL  # answer types: yes-or-no questions, labels of texts
 MOST_WORDINGS = 8  # of one label; the commonest of the training split
-_CHOICE = re.compile(r"\bor\b", re.IGNORECASE)
 
 #: label -> its wordings
 Wordings = Mapping[str, tuple[str, ...]]
@@ -49,7 +47,7 @@ def closed_kind(entry: Mapping) -> str | None:
     if entry["question_id"] in CLOSED:
         return entry["question_id"]
     if entry["answer_type"] == YES_NO:
-        return None if _CHOICE.search(entry["question"]) else YES_NO
+        return YES_NO if chat.is_yes_no(entry) else None
     return TEXT if entry["answer_type"] == TEXT else None
 
 

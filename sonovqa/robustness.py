@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs; the others are set beside the first")
     parser.add_argument("--data", type=Path, required=True, help="a folder made by prepare_dataset.py")
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="whose questions are asked")
-    parser.add_argument("--task", choices=TASKS, default="all", help="all questions, the combined report, or one question")
+    parser.add_argument("--task", choices=TASKS, default="all", help="all questions, one report, yes-or-no ones, one")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="how the pictures are made worse")
     parser.add_argument("--strengths", nargs="+", type=float, default=list(STRENGTHS), help="above 0; 0 is always asked too")
     parser.add_argument("--limit", type=int, metavar="N", help="N images only, drawn across categories")

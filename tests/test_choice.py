@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from pathlib import Path
 
-import datasets
+import closed_set
 import pytest
 import torch
 from conftest import noise_image
@@ -136,26 +135,7 @@ def test_a_label_that_training_did_not_hold_is_no_target(small, data, tokenizer)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Twenty-four images with an open question and three closed ones, which their brightness answers."""
-
-    def row(i: int) -> dict:
-        stream = io.BytesIO()
-        noise_image(64, 64, i).point(lambda v: v // (1 + 7 * (i % 2))).save(stream, "PNG")
-        dark = bool(i % 2)
-        told = [("Q1", "femur", "", "open"), ("Q6", "low" if dark else "good", "", ""),
-                ("Q7", "abnormal: mass" if dark else "normal", "", ""),
-                ("17", "yes" if dark else "no", "Is it dark?", "closed")]  # fmt: skip
-        names = ("question_id", "answer", "question", "answer_type")
-        asked = [dict(zip(names, one, strict=True)) | {"label": one[1].partition(":")[0]} for one in told]
-        where = {"image_id": f"A/{i}.png", "group": f"g{i}", "category": "Abdomen"}
-        return {"image": {"bytes": stream.getvalue(), "path": None}, "questions": asked, **where}
-
-    folder = tmp_path_factory.mktemp("data") / "closed"
-    parts = {"train": range(16), "validation": range(16, 20), "test": range(20, 24)}
-    made = {name: datasets.Dataset.from_list([row(i) for i in rows]) for name, rows in parts.items()}
-    datasets.DatasetDict(made).cast_column("image", datasets.Image()).save_to_disk(str(folder))
-    files.write_json(folder / "dataset.json", {"fingerprint": "closed"})
-    return folder
+    return closed_set.write(tmp_path_factory.mktemp("data") / "closed")
 
 
 @pytest.fixture(scope="module")

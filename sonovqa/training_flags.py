@@ -25,7 +25,10 @@ def add_loss(loss) -> None:
         default="none",
         help="rare classes: repeat their patients' images, or weigh the loss by inverse frequency (training split only)",
     )
-    loss.add_argument("--balance-question", default="Q7", metavar="QUESTION", help="closed question whose classes are balanced")
+    balanced = (
+        "closed question whose classes are balanced; with --head choice also closed (all yes-or-no ones) or label (of texts)"
+    )
+    loss.add_argument("--balance-question", default="Q7", metavar="QUESTION", help=balanced)
     loss.add_argument("--focal", type=float, default=0.0, metavar="GAMMA", help="focal loss over whole answers; 0 is none")
 
 

@@ -4,6 +4,7 @@
     python evaluate.py outputs/phantoms --data data/phantoms --adapter      # its base with the adapter on top
     python evaluate.py Qwen/Qwen3-VL-8B-Instruct --data data/clinic         # a base model
     python evaluate.py --endpoint http://127.0.0.1:8000/v1 --model phantoms --data data/phantoms
+    python evaluate.py --endpoint https://api.example.com/v1 --model NAME --data data/phantoms --price-input 2 --price-output 8
     python evaluate.py outputs/phantoms --data data/phantoms --confidence   # and how likely every label of closed questions is
     python evaluate.py outputs/phantoms --data data/phantoms --most-useful 50 --images FOLDER   # and what to label next
     python evaluate.py score answers.jsonl --data data/clinic               # answers made elsewhere
@@ -29,6 +30,7 @@ from sonovqa import (
     asking,
     bertscore,
     calibration,
+    choice,
     cli,
     coherence,
     comparing,
@@ -36,6 +38,7 @@ from sonovqa import (
     consistency,
     dataset,
     elsewhere,
+    endpoint_cost,
     files,
     findings,
     metrics,
@@ -48,23 +51,26 @@ from sonovqa import (
     report_html,
     scoretable,
     scoring,
+    text_only,
     unscored,
 )
+from sonovqa import evaluation_flags as flags
 from sonovqa.cli import UserError, console
 from sonovqa.questions import TASKS
 
-FLAG = argparse.BooleanOptionalAction
 SPLITS = ("test", "validation", "train")
+NOT_NEGATIVE = ("resamples", "seed", "price_input", "price_output")
 POSITIVE = ("in_flight", "batch_images", "max_new_tokens", "max_images", "most_useful")
 
 
 def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
     parser = cli.Parser(prog="evaluate.py prompts" if several else None, description=consistency.__doc__ if several else __doc__)
-    add_who_flags(parser.add_argument_group("who answers"))
+    flags.add_who(parser.add_argument_group("who answers"))
+    flags.add_elsewhere(parser.add_argument_group("an endpoint elsewhere"))
     what = parser.add_argument_group("what is asked")
     what.add_argument("--data", type=Path, required=True, help="a folder made by prepare_dataset.py")
     what.add_argument("--split", choices=SPLITS, default="test", help="whose questions are asked")
-    what.add_argument("--task", choices=TASKS, default="all", help="all questions, the combined report, or one question")
+    what.add_argument("--task", choices=TASKS, default="all", help="all questions, one report, yes-or-no ones, one")
     lines = {"nargs": "+", "help": "lines as train.py takes them, compared with the run's own (unset: every prompt there is)"}
     line = {"help": "a prompt's name, or one a question: Q7=simple,Q2=short (unset: as trained)"}
     what.add_argument("--prompts", metavar="NAME", dest="prompt", **(lines if several else line))
@@ -73,55 +79,31 @@ def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
     what.add_argument("--min-pixels", type=int, help="lower bound of an image's pixels (unset: as trained)")
     what.add_argument("--max-pixels", type=int, help="upper bound of an image's pixels (unset: as trained)")
     how = parser.add_argument_group("scores and files")
-    add_resampling_flags(how)
+    flags.add_resampling(how)
     how.add_argument("--out", type=Path, help="folder for all results (unset: outputs/<run>/eval-<split>)")
     how.add_argument("--fresh", action="store_true", help="throw away what --out holds and ask everything anew")
-    parser.set_defaults(abstain_below=None, most_useful=None, images=None)
+    parser.set_defaults(confidence=False, abstain_below=None, most_useful=None, images=None)
     if not several:
-        add_scoring_flags(how)
-        what.add_argument("--blind", action=FLAG, default=True, help="ask again with a grey image, once a prompt and image size")
+        flags.add_scoring(how)
+        what.add_argument("--blind", action=flags.FLAG, default=True, help="ask again with grey images, one a prompt and size")
         how.add_argument("--base", metavar="NAME", help="model evaluated before to compare with (unset: the run's base)")
-        sure = parser.add_argument_group("confidence")
-        sure.add_argument("--confidence", action="store_true", help="probability of every label of closed questions")
-        sure.add_argument("--abstain-below", type=float, metavar="P", help="with --confidence: hold back answers less likely")
-        sure.add_argument("--most-useful", type=int, metavar="N", help="list the N images of --images to label next")
-        sure.add_argument("--images", type=Path, metavar="FOLDER", help="a folder of images, Folder/File, for --most-useful")
+        flags.add_confidence(parser.add_argument_group("confidence"))
     args = parser.parse_args(argv)
     check(args)
     return args
 
 
-def add_who_flags(who) -> None:
-    who.add_argument("run", nargs="?", metavar="RUN_OR_MODEL", help="outputs/<run>, a model folder, a hub id or tiny")
-    who.add_argument("--adapter", action="store_true", help="the run's base with its adapter instead of its merged weights")
-    who.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="precision the weights are loaded in")
-    who.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server instead; key in VLLM_API_KEY")
-    who.add_argument("--model", "--endpoint-model", metavar="NAME", help="its name at the endpoint (unset: the only one)")
-    who.add_argument("--in-flight", type=int, default=16, help="requests at once to the endpoint")
-    who.add_argument("--batch-images", type=int, default=8, help="images answered together by a local model")
-    who.add_argument("--shared-prefix", action=FLAG, default=True, help="a local model encodes an image once for all questions")
-
-
-def add_resampling_flags(group) -> None:
-    group.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of groups for intervals; 0: none")
-    group.add_argument("--seed", type=int, default=42, help="of all draws")
-
-
-def add_scoring_flags(group) -> None:
-    group.add_argument("--bertscore", metavar="MODEL", help="BERTScore by a model folder or downloaded hub id")
-    group.add_argument("--gallery", type=int, default=200, help="most answers with their images in report.html")
-    group.add_argument("--strict", action="store_true", help="exit 1 if there is any serious finding")
-
-
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once, before anything is loaded."""
-    problems = cli.out_of_range(args, POSITIVE, ("resamples", "seed")) + models.wrong_pixels(args.min_pixels, args.max_pixels)
+    problems = cli.out_of_range(args, POSITIVE, NOT_NEGATIVE) + models.wrong_pixels(args.min_pixels, args.max_pixels)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         problems.append(f"--out {args.out}; it is no folder; a new one, or one that an evaluation made, is allowed")
     if bool(args.run) == bool(args.endpoint):
         problems.append("nobody, or two, to answer; name either RUN_OR_MODEL or --endpoint URL")
     if args.model and not args.endpoint:
         problems.append(f"--model names a model at an endpoint; {args.model!r} has no --endpoint; a local one comes first, bare")
+    if args.head and not args.endpoint:
+        problems.append(f"--head {args.head} is for --endpoint, which serves that run; a local run knows its own; leave it out")
     if args.adapter and not (args.run and (Path(args.run) / "adapter").is_dir()):
         problems.append(f"--adapter needs a run with an adapter/ folder; {args.run} has none; leave --adapter out, or train one")
     if args.abstain_below is not None and not (args.confidence and 0 <= args.abstain_below <= 1):
@@ -134,17 +116,12 @@ def check(args: argparse.Namespace) -> None:
 def open_engine(args: argparse.Namespace):
     """The engine that answers, loaded now."""
     if args.endpoint:
-        from sonovqa.endpoint import Endpoint
-
-        endpoint = Endpoint(args.endpoint, args.model, args.in_flight)
-        endpoint.check()
-        return endpoint
-    from sonovqa.generation import LocalEngine
+        return answering.open_endpoint(args)
     from sonovqa.models import load_for_inference
 
     name, adapter = answering.model_of(args)
     model, processor = load_for_inference(name, args.bits, adapter, (args.min_pixels, args.max_pixels))
-    return LocalEngine(model, processor, args.batch_images, args.shared_prefix)
+    return answering.engine_of(args.run, model, processor, args.batch_images, args.shared_prefix)
 
 
 def read_data(args: argparse.Namespace):
@@ -159,11 +136,12 @@ def read_data(args: argparse.Namespace):
 def evaluate(argv: list[str]) -> int:
     args = parse(argv)
     started = time.perf_counter()
-    run = records.read_run(Path(args.run)) if args.run else None
+    run = answering.run_of(args)
     args.prompt = args.prompt or provenance.own_prompts(run)
     prompt_variants.check(args.prompt, args.task)
     splits, about, raw = read_data(args)
     items, train = (asking.items_of(split, args.task, args.prompt) for split in (raw, splits["train"]))
+    items, texts = choice.own_items(items, choice.of_run(run)), text_only.has_no_images(raw)
     if not items:
         asked = f"--task {args.task} on the {args.split} split of {args.data}"
         raise UserError(f"nothing to ask; {asked}; answered questions are needed; choose another --task or --split")
@@ -171,14 +149,15 @@ def evaluate(argv: list[str]) -> int:
     wording = bertscore.wording(args.bertscore)
     out = answering.output_folder(args)
     predictions.claim(out, answering.settings_of(args, about), args.fresh)
+    endpoint_cost.agree(args, raw, items, out, args.blind and not texts)
     engine = functools.cache(lambda: asking.timed(open_engine, args))  # loaded if and when it is needed
-    by_key, blind = asking.ask_all(raw, items, out, engine, args.blind, args.max_new_tokens)
+    by_key, blind = asking.ask_all(raw, items, out, engine, args.blind and not texts, args.max_new_tokens)
     rows, labels = list(by_key.values()), confidence.Labels(prompt_variants.wordings(train, args.prompt))
     baselines = replace(scoring.without_blind(train, items), blind=blind)
     scores = scoring.score(rows, baselines, args.resamples, args.seed, wording)
     unsure = []
     if args.confidence:
-        closed, told = calibration.told_of(raw, items, labels, engine, out / "confidence.jsonl")
+        closed, told = calibration.told_of(raw, items, labels, engine, out / "confidence.jsonl", by_key)
         draws = metrics.Resamples([row["group"] for row in rows], args.resamples, args.seed)
         calibration.add(scores, rows, told, args.abstain_below, draws)
         unsure = calibration.find(scores, closed, len(told))
@@ -188,7 +167,7 @@ def evaluate(argv: list[str]) -> int:
     }  # fmt: skip
     below = provenance.beside_base(scores, by_key, base, args.split, args.resamples, args.seed) if base else []
     found = [*findings.find(scores, rows), *provenance.find(args, run, about, raw), *below, *unsure]
-    status = finish(args, out, scores, found, rows, raw)
+    status = finish(args, out, scores, found, rows, None if texts else raw)
     if args.most_useful:
         new = most_useful.unannotated(args.images, splits)
         ranked = most_useful.rank(engine, new, labels, args.prompt, out / "unannotated.jsonl")[: args.most_useful]
@@ -223,12 +202,12 @@ def score(argv: list[str]) -> int:
     parser = cli.Parser(prog="evaluate.py score", description=elsewhere.__doc__)
     parser.add_argument("predictions", type=Path, help="a .jsonl file")
     parser.add_argument("--data", type=Path, help="a folder made by prepare_dataset.py, or an annotation sheet without images")
-    parser.add_argument("--references", action=FLAG, default=True, help="off: say what shows without any")
+    parser.add_argument("--references", action=flags.FLAG, default=True, help="off: say what shows without any")
     parser.add_argument("--split", choices=SPLITS, default="test", help="of a prepared set")
     parser.add_argument("--group-column", metavar="NAME", help="a sheet's patient column (unset: an image is its own group)")
     parser.add_argument("--out", type=Path, help="folder for the results (unset: <predictions>.scores beside the file)")
-    add_resampling_flags(parser)
-    add_scoring_flags(parser)
+    flags.add_resampling(parser)
+    flags.add_scoring(parser)
     args = parser.parse_args(argv)
     if (args.data is None) == args.references:
         raise UserError("what to score against; name --data SET-OR-SHEET, or --no-references without it")
@@ -253,7 +232,7 @@ def compare(argv: list[str]) -> int:
     parser = cli.Parser(prog="evaluate.py compare", description=comparing.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="runs or evaluation folders; all against the first")
     parser.add_argument("--split", choices=SPLITS, default="test", help="whose evaluation of a run")
-    add_resampling_flags(parser)
+    flags.add_resampling(parser)
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the differences there too")
     args = parser.parse_args(argv)
     made = comparing.compare_with_first(args.runs, args.split, args.resamples, args.seed)
@@ -269,7 +248,8 @@ def compare(argv: list[str]) -> int:
 def prompts(argv: list[str]) -> int:
     """evaluate.py prompts RUN …: one model, the same images, several prompts a question."""
     args = parse(argv, several=True)
-    own = provenance.own_prompts(records.read_run(Path(args.run)) if args.run else None)
+    run = answering.run_of(args)
+    own, head = provenance.own_prompts(run), choice.of_run(run)
     names = consistency.names_asked(args.task, args.prompt, own)
     splits, about, raw = read_data(args)
     folder = answering.output_folder(args)
@@ -278,7 +258,10 @@ def prompts(argv: list[str]) -> int:
     rows = {}
     for name, questions in names.items():
         asked = ",".join(f"{question}={name}" for question in sorted(questions))
-        items = [i for i in asking.items_of(raw, args.task, asked) if i.question_id in questions]
+        items = choice.own_items((i for i in asking.items_of(raw, args.task, asked) if i.question_id in questions), head)
+        if not items:
+            continue
+        endpoint_cost.agree(args, raw, items, out / name, False)
         settings = answering.settings_of(argparse.Namespace(**vars(args) | {"prompt": name}), about)
         predictions.claim(out / name, settings, args.fresh)
         rows[name] = list(asking.ask_all(raw, items, out / name, engine, False, args.max_new_tokens)[0].values())

@@ -27,6 +27,7 @@ from sonovqa import cli, conversation
 from sonovqa.cli import RESEARCH_NOTICE, UserError, console
 from sonovqa.conversation import Conversation, Picture
 from sonovqa.engines import EngineError
+from sonovqa.likeness import likeness
 from sonovqa.questions import QUESTIONS, REPORT_ID
 
 HELP = """\
@@ -48,6 +49,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     who.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="precision a local model is loaded in")
     who.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server instead; key in VLLM_API_KEY")
     who.add_argument("--model", "--endpoint-model", metavar="NAME", help="its name at the endpoint (unset: the only one)")
+    who.add_argument("--head", type=Path, metavar="RUN", help="the choice run that the endpoint serves: answer by its labels")
     what = parser.add_argument_group("what is asked")
     what.add_argument("--image", metavar="FILE", help="an image file; with --data an image_id (unset: the first)")
     what.add_argument("--data", type=Path, metavar="DIR", help="take the image from a prepared set's test split")
@@ -75,7 +77,10 @@ def check(args: argparse.Namespace) -> None:
         f"--adapter; {run or 'an endpoint'} has none; only a run's folder has; leave it out": args.adapter and not has_adapter,
         f"--bits {args.bits}; an endpoint has its own; only with --run; leave it out": args.bits != 16 and args.endpoint,
         "--json; there is no question; one with --question": args.json and not asked,
-        "--question; there is no image; one with --image FILE or --data DIR": asked and not (args.image or args.data),
+        "--question; there is no image; one with --image FILE or --data DIR": asked
+        and not (args.image or args.data or conversation.is_of_texts(run)),
+        f"--head {args.head}; it is for --endpoint; a local run knows its own; leave it out": args.head and not args.endpoint,
+        conversation.problem_of_folder(run): args.folder,
         conversation.problem_of_question(args.question or ""): asked,
         "--folder and --out; only one of them; name both: --folder DIR --out FILE.xlsx": bool(args.folder) != bool(args.out),
         "--folder asks Q1 … Q8; leave out --image, --data and --question": args.folder and (args.image or args.data or asked),
@@ -97,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
         answer_once(talk, args.question, args.json)
         return
     console.print(Panel(f"{talk.answerer.name}\n{RESEARCH_NOTICE}", title="SonoVQA", border_style="cyan"))
-    if picture:
+    if picture and picture.data:
         show_picture(picture)
     console.print(HELP, style="dim", markup=False)
     converse(talk, args.context)
@@ -116,6 +121,8 @@ def fill_sheet(args: argparse.Namespace) -> None:
 
 def first_picture(args: argparse.Namespace) -> Picture | None:
     """The image of the command line, checked before a model is loaded."""
+    if conversation.is_of_texts(args.run):
+        return conversation.NO_PICTURE
     if args.data:
         return conversation.picture_of_set(args.data, args.image, context=args.context)
     return conversation.read_picture(Path(args.image), args.context) if args.image else None
@@ -123,7 +130,7 @@ def first_picture(args: argparse.Namespace) -> Picture | None:
 
 def answerer(args: argparse.Namespace) -> conversation.Answerer:
     if args.endpoint:
-        return conversation.EndpointAnswerer(args.endpoint, args.model)
+        return conversation.EndpointAnswerer(args.endpoint, args.model, args.head)
     with cli.stderr.status(f"loading {args.run}"):
         return conversation.LocalAnswerer(args.run, args.bits, args.adapter)
 
@@ -141,13 +148,15 @@ def answer_once(talk: Conversation, question: str, as_json: bool) -> None:
             text = "".join(talk.ask_standard(question_id) if question_id else talk.ask(question)).strip()
         except EngineError as fault:
             raise UserError(f"no answer; {fault}") from fault
-        answers.append({"question_id": question_id, "question": talk.history[-2], "answer": text})
+        told = {"probabilities": talk.probabilities} if talk.probabilities else {}
+        answers.append({"question_id": question_id, "question": talk.history[-2], "answer": text} | told)
     if as_json:
         told = {"image": talk.picture.name, "model": talk.answerer.name, "answers": answers, "notice": RESEARCH_NOTICE}
         print(json.dumps(told, indent=2, ensure_ascii=False))
         return
     for answer in answers:
-        print(f"{answer['question_id']}: {answer['answer']}" if len(answers) > 1 else answer["answer"])
+        text = answer["answer"] + conversation.chances(answer.get("probabilities"))
+        print(f"{answer['question_id']}: {text}" if len(answers) > 1 else text)
     cli.stderr.print(RESEARCH_NOTICE, style="dim")
 
 
@@ -184,7 +193,7 @@ def step(talk: Conversation, line: str, context: str | None) -> bool:
     rest = rest.strip()
     if not line.startswith("/"):
         if line:
-            show_stream(line, talk.ask(line))
+            show_stream(line, talk.ask(line), talk)
     elif command == "/quit":
         return False
     elif command == "/help":
@@ -197,7 +206,7 @@ def step(talk: Conversation, line: str, context: str | None) -> bool:
     elif command == "/all":
         show_all(talk)
     elif command == "/report":
-        show_stream("Combined report", talk.ask_standard(REPORT_ID))
+        show_stream("Combined report", talk.ask_standard(REPORT_ID), talk)
     elif command == "/forget":
         talk.history.clear()
         console.print("forgotten", style="dim")
@@ -226,11 +235,12 @@ def ask_numbered(talk: Conversation, text: str) -> None:
             console.print(f"{question.id}  {question.title}", markup=False)
         return
     title = QUESTIONS[question_id].title if question_id in QUESTIONS else "Combined report"
-    show_stream(f"{question_id} · {title}", talk.ask_standard(question_id))
+    show_stream(f"{question_id} · {title}", talk.ask_standard(question_id), talk)
 
 
-def show_stream(title: str, pieces: Iterator[str]) -> None:
-    """An answer as it comes, its last lines where it outgrows the terminal; then, or after Ctrl-C, the whole of it."""
+def show_stream(title: str, pieces: Iterator[str], talk: Conversation) -> None:
+    """An answer as it comes, its last lines where it outgrows the terminal; then, or after Ctrl-C, the whole of it, behind it
+    the probabilities of its labels where a choice head gave it."""
     with console.status("asking"):
         text = Text(next(pieces, ""))
     with Live(console=console, refresh_per_second=12, transient=True) as live:
@@ -241,7 +251,7 @@ def show_stream(title: str, pieces: Iterator[str]) -> None:
                 live.update(answer_panel(title, Text("\n").join(last)))
         finally:
             live.update(Text(""))
-            console.print(answer_panel(title, text))
+            console.print(answer_panel(title, text.append(conversation.chances(talk.probabilities))))
 
 
 def answer_panel(title: str, text: Text) -> Panel:
@@ -281,19 +291,6 @@ def show_picture(picture: Picture) -> None:
     grid = Table.grid(padding=(0, 2))
     grid.add_row(likeness(image) if console.is_terminal else "", about)
     console.print(grid)
-
-
-def likeness(image, columns: int = 32) -> Text:
-    """An image in half blocks: two rows of pixels a line, the upper as foreground."""
-    rows = max(2, min(32, round(columns * image.height / image.width))) // 2 * 2
-    small = image.resize((columns, rows))
-    text = Text()
-    for y in range(0, rows, 2):
-        for x in range(columns):
-            upper, lower = ("#{:02x}{:02x}{:02x}".format(*small.getpixel((x, at))) for at in (y, y + 1))
-            text.append("▀", f"{upper} on {lower}")
-        text.append("\n")
-    return text
 
 
 if __name__ == "__main__":

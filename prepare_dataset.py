@@ -7,6 +7,7 @@
     python prepare_dataset.py hc18 --root HC18/ --no-context
     python prepare_dataset.py path-vqa --root path-vqa/          # likewise pubmedvision, medpix
     python prepare_dataset.py documents --forms 400 --root mtsamples/
+    python prepare_dataset.py csv-text notes.csv --text-column note --label-column urgent      # for train.py --head choice
     python prepare_dataset.py phantoms --images 200 --export-chat chat/train.jsonl --task report
 
 Writes a Hugging Face DatasetDict (train, validation, test; one row an image with all its questions) and dataset.json, and
@@ -23,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from sonovqa import cli, dataset, images, prompt_variants, public_sets, sources
+from sonovqa import cli, csv_text, dataset, images, prompt_variants, public_sets, sources
 from sonovqa.cli import console
 from sonovqa.duplicates import NEAR
 from sonovqa.questions import TASKS
@@ -56,6 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_sheet(subparsers)
     add_phantoms(subparsers)
     add_public_sets(subparsers)
+    csv_text.add(subparsers, source_parser)
     args = parser.parse_args(argv)
     cli.check(problems(args))
     prompt_variants.check(args.prompts, args.task)
@@ -155,6 +157,8 @@ def problems(args: argparse.Namespace) -> list[str]:
         found.append(f"--export-chat is no .jsonl file; {args.export_chat}; a name such as chat/train.jsonl; mend it")
     if args.prompts != prompt_variants.DEFAULT and not args.export_chat:
         found.append(f"--prompts is for --export-chat only; {args.prompts}; a stored set has no prompts; give it to train.py")
+    if args.export_chat and args.source == csv_text.SOURCE:
+        found.append(f"--export-chat is of images; {args.source} has none; leave it out")
     if args.source == "phantoms" and args.images < len(SPLITS):
         found.append(f"--images is too small; {args.images}; {len(SPLITS)} or more; raise it")
     if args.source == "phantoms" and not 0 <= args.abnormal_rate <= 1:
@@ -171,6 +175,8 @@ def load(args: argparse.Namespace) -> sources.Loaded:
         return sources.sheet(args.workbooks, args.images, args.group_column, args.group_regex)
     if args.source == "hc18":
         return sources.hc18(args.root, args.context)
+    if args.source == csv_text.SOURCE:
+        return csv_text.load(args)
     if args.source in public_sets.LOADERS:
         return public_sets.LOADERS[args.source](args, beside)
     if args.source == "vqa-rad":
@@ -211,7 +217,10 @@ def check_rows(args: argparse.Namespace, loaded: sources.Loaded, journal: Path) 
         while start < len(candidates) and len(kept) < wanted:
             batch = candidates[start : start + wanted - len(kept)]
             start += len(batch)
-            found = images.check_images([row.record.path for row in batch], journal, args.workers, advance)
+            if args.source == csv_text.SOURCE:
+                found = [csv_text.checked(row.record) for row in batch]
+            else:
+                found = images.check_images([row.record.path for row in batch], journal, args.workers, advance)
             for row, checked in zip(batch, found, strict=True):
                 row.checked = checked
                 if checked.problem:
@@ -236,7 +245,8 @@ def progress(what: str, total: int):
 def report(about: dict) -> None:
     """Print what is in the data set, what was dropped and why, and how far normalisation reduced the answers."""
     counts = Table("split", title="data set")
-    for name in ("images", "groups", "questions", "distinct answers"):
+    rows = "texts" if about["source"]["kind"] == csv_text.SOURCE else "images"
+    for name in (rows, "groups", "questions", "distinct answers"):
         counts.add_column(name, justify="right")
     for name, split in about["splits"].items():
         counts.add_row(name, *(str(split[key]) for key in ("images", "groups", "questions", "distinct_answers")))

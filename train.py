@@ -3,6 +3,7 @@
     python train.py --data data/phantoms --model tiny                       # two CPU cores, two minutes
     python train.py --data data/clinic --run clinic-8b                      # Qwen3-VL-8B-Instruct, 4 bits, one GPU
     python train.py --data data/clinic --run q7 --task Q7 --epochs 1
+    python train.py --data data/clinic --run q7-choice --task Q7 --head choice   # by the labels' rows of the LM head
     python train.py --data data/clinic --dry-run                            # plan, lengths, time and memory
     torchrun --nproc_per_node=2 train.py --data data/clinic --run-name clinic-2gpu
 
@@ -19,12 +20,24 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sonovqa import cli, families, hub, memory, models, planning, prompt_variants, records, resuming, weighting
+from sonovqa import (
+    choice,
+    cli,
+    families,
+    hub,
+    memory,
+    models,
+    planning,
+    prompt_variants,
+    records,
+    resuming,
+    training_flags,
+    weighting,
+)
 from sonovqa.cli import UserError, console
-from sonovqa.questions import TASKS
+from sonovqa.questions import REPORT_ID, TASKS
 
 TIMED_STEPS = 4  # of a dry run; the first one compiles and is not counted
-OPTIMIZERS = ("adamw_8bit", "adamw_torch", "paged_adamw_8bit", "sgd")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -32,7 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     flag = argparse.BooleanOptionalAction
     data = parser.add_argument_group("data")
     data.add_argument("--data", type=Path, required=True, help="a folder that prepare_dataset.py wrote")
-    data.add_argument("--task", choices=TASKS, default="all", help="all eight questions, one combined report, or one question")
+    data.add_argument("--task", choices=TASKS, default="all", help="all questions, one report, yes-or-no ones, one")
     data.add_argument(
         "--prompts", default="default", metavar="NAME", help="prompt variant, or one a question: Q7=clinical,Q2=short"
     )
@@ -66,34 +79,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("vision", "language", "attention", "mlp"):
         model.add_argument(f"--{name}", action=flag, default=True, help=f"train {name} layers")
     model.add_argument("--checkpointing", action=flag, default=True, help="recompute activations: less memory, a third slower")
-    loss = parser.add_argument_group("loss")
-    loss.add_argument(
-        "--loss-mean", choices=weighting.MEANS, default="token", help="what counts alike: tokens, answers, questions"
-    )
-    loss.add_argument("--question-weights", nargs="+", default=[], metavar="Q7=2", help="factor on a question's loss")
-    loss.add_argument(
-        "--balance",
-        choices=weighting.BALANCES,
-        default="none",
-        help="rare classes: repeat their patients' images, or weigh the loss by inverse frequency (training split only)",
-    )
-    loss.add_argument("--balance-question", default="Q7", metavar="QUESTION", help="closed question whose classes are balanced")
-    loss.add_argument("--focal", type=float, default=0.0, metavar="GAMMA", help="focal loss over whole answers; 0 is none")
-    steps = parser.add_argument_group("optimisation")
-    steps.add_argument("--epochs", type=float, default=3.0, help="passes over the training images")
-    steps.add_argument("--steps", type=int, help="optimiser steps; overrides --epochs")
-    steps.add_argument(
-        "--batch", type=int, default=2, help="sequences a device and micro-batch (shared: images; separate: questions)"
-    )
-    steps.add_argument("--accumulate", type=int, default=4, help="micro-batches an optimiser step")
-    steps.add_argument("--lr", type=float, default=2e-4, help="learning rate")
-    steps.add_argument(
-        "--schedule", choices=("linear", "cosine", "constant_with_warmup"), default="linear", help="of the learning rate"
-    )
-    steps.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
-    steps.add_argument("--optimizer", choices=OPTIMIZERS, help="(unset: adamw_8bit with CUDA, else adamw_torch)")
-    steps.add_argument("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
-    steps.add_argument("--seed", type=int, default=42, help="of data order, LoRA's start and dropout")
+    training_flags.add_loss(parser.add_argument_group("loss"))
+    training_flags.add_optimisation(parser.add_argument_group("optimisation"))
     run = parser.add_argument_group("run")
     # torchrun's own parser takes --run for an abbreviation of its --run-path, hence the longer name.
     run.add_argument("--run", "--run-name", help="name of the run and its folder (unset: <model>-<data>-<task>)")
@@ -130,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     splits, encoder = read_data(args, loaded, model)
     plans = plan(args, splits, encoder)
     trainer, progress = make_trainer(args, folder, model, loaded.processor, splits, encoder, plans)
-    planning.show(args, base, loaded, model, plans)
+    planning.show(args, base, loaded, model, plans, encoder.head)
     if args.dry_run:
         return dry_run(args, trainer)
     resuming.start(folder, settings)
@@ -141,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         from sonovqa import finishing
 
-        record = finishing.record(args, base, loaded, trainer, plans["train"], progress)
+        record = finishing.record(args, base, loaded, trainer, plans["train"], progress, encoder.head)
         finishing.finish(args, folder, loaded, trainer, record, progress.tracking)
 
 
@@ -164,6 +151,8 @@ def check(args: argparse.Namespace) -> None:
     if args.patience and (args.balance != "none" or args.focal):
         problems.append("--patience with --balance or --focal; validation loss, which is neither, does not tell when to stop; "
                         "leave --patience out")  # fmt: skip
+    if args.head == choice.CHOICE and args.task == REPORT_ID:
+        problems.append(f"--head choice with --task {REPORT_ID}; a report has no labels; name a closed question, or all of them")
     problems += models.wrong_pixels(args.min_pixels, args.max_pixels)
     cli.check(problems)
     prompt_variants.check(args.prompts, args.task)
@@ -208,18 +197,25 @@ def adapt(args: argparse.Namespace, loaded):
 
 
 def read_data(args: argparse.Namespace, loaded, model):
-    from sonovqa import dataset
-    from sonovqa.batching import Encoder
+    from sonovqa import dataset, text_only
+    from sonovqa.batching import encoder_for
 
+    splits, chooses = dataset.load_undecoded(args.data), args.head == choice.CHOICE
+    text_only.check(splits, loaded.processor, chooses, args.model)
     family = families.of(model.config)
+    if chooses and family.encoder_decoder:
+        raise UserError(
+            f"--head choice; {family.name} answers with a decoder of its own; leave --head out, or take another --model"
+        )
     if args.batching == "shared" and not family.shares_prefix:
         args.batching = "separate"
-        console.print(f"one question a sequence: {family.name} cannot share an image among its questions ({family.why_not})")
-
-    splits = dataset.load_undecoded(args.data)
+        if not text_only.has_no_images(splits["train"]):
+            told = f"{family.name} cannot share an image among its questions ({family.why_not})"
+            console.print(f"one question a sequence: {told}")
     if args.max_images:
         splits["train"] = dataset.subset(splits["train"], args.max_images, args.seed)
-    return splits, Encoder(loaded.processor, model)
+    head = choice.of_training(splits["train"], loaded.processor.tokenizer, args.task) if chooses else None
+    return splits, encoder_for(loaded.processor, model, head)
 
 
 def plan(args: argparse.Namespace, splits, encoder) -> dict:
@@ -262,7 +258,7 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     trainer = training.SharedImageTrainer(
         model=model,
         args=config,
-        processing_class=processor,
+        processing_class=processor.tokenizer if processor.image_processor is None else processor,
         callbacks=callbacks,
         gamma=args.focal,
         data_collator=Collator(splits, encoder, args.task, args.prompts, augment),

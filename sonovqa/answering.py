@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from sonovqa import comparing, credentials, files
+from sonovqa import choice, comparing, credentials, files, records
 from sonovqa.cli import UserError
 
 
@@ -42,9 +42,59 @@ def model_of(args: argparse.Namespace) -> tuple[str, Path | None]:
     return str(folder / "merged"), None
 
 
+def run_of(args: argparse.Namespace) -> dict | None:
+    """run.json of what is evaluated: of a run, or of the choice run that an endpoint serves (``--head``); else ``None``.
+
+    Raises:
+        UserError: if ``--head`` names none.
+    """
+    if not args.head:
+        return records.read_run(Path(args.run)) if args.run else None
+    run = records.read_run(args.head)
+    if choice.of_run(run) is None:
+        raise UserError(f"--head {args.head}; it is no finished choice run; one of train.py --head choice; leave --head out")
+    return run
+
+
+def open_endpoint(args: argparse.Namespace):
+    """The endpoint's engine, seen to be there: of a choice run the one that asks for labels."""
+    from sonovqa.choosing import ChoiceEndpoint
+    from sonovqa.endpoint import Endpoint
+
+    where, how = (args.endpoint, args.model, args.in_flight), {"key_env": args.api_key_env}
+    head = choice.of_run(run_of(args))
+    endpoint = ChoiceEndpoint(*where, head=head, **how) if head else Endpoint(*where, **how)
+    endpoint.check()
+    return endpoint
+
+
+def engine_of(run: str | Path, model, processor, batch_images: int = 8, share: bool = True):
+    """The local engine that answers as a run was trained to: `choosing.ChoiceEngine` or `generation.LocalEngine`.
+
+    Args:
+        run: the folder of a run or its ``merged/``; anything else generates its answers.
+        model, processor: as `models.load_for_inference` gives them.
+        batch_images, share: of either engine.
+
+    Raises:
+        UserError: if a text-only model is to generate answers.
+    """
+    home = Path(run)
+    head = choice.of_run(records.read_run(home.parent if home.name == "merged" else home))
+    if head:
+        from sonovqa.choosing import ChoiceEngine
+
+        return ChoiceEngine(model, processor, head, batch_images, share)
+    if processor.image_processor is None:
+        raise UserError(f"{run} is a text-only model without a choice head; it answers nothing here; train it with --head choice")
+    from sonovqa.generation import LocalEngine
+
+    return LocalEngine(model, processor, batch_images, share)
+
+
 def settings_of(args: argparse.Namespace, about: dict) -> dict:
     """Everything that changes an answer: predictions made under other settings are never mixed with these."""
-    who = {"endpoint": args.endpoint, "model": args.model}
+    who = {"endpoint": args.endpoint, "model": args.model, "head": args.head and str(args.head)}
     if not args.endpoint:
         who = {"model": args.run, "weights": identity(args), "bits": args.bits, "shared_prefix": args.shared_prefix}
     return who | {

@@ -62,25 +62,30 @@ def items_of(split, task: str = "all", variant: str = "default") -> list[Item]:
     return items
 
 
-def image_bytes(raw_split, row: int) -> bytes:
-    """The bytes of one image file; ``raw_split`` holds files, not decoded (`dataset.load_undecoded`).
+def image_bytes(raw_split, row: int) -> bytes | None:
+    """The bytes of one image file, ``None`` for a row that is a text; ``raw_split`` is not decoded (`dataset.load_undecoded`).
 
     Raises:
         OSError: if the row names a file outside the data set and that is gone.
     """
     cell = raw_split[row]["image"]
+    if cell is None:
+        return None
     if cell["bytes"] is not None:
         return cell["bytes"]
     with open(cell["path"], "rb") as stream:
         return stream.read()
 
 
-def image_sizes(raw_split, rows: Iterable[int]) -> dict[int, Size]:
-    """Width and height of images in pixels as they are shown (EXIF rotation applied), read from the files' heads."""
+def image_sizes(raw_split, rows: Iterable[int]) -> dict[int, Size | None]:
+    """Width and height of images in pixels as they are shown (EXIF rotation applied), by the files' heads; ``None``: a text."""
     from PIL import Image
 
     sizes = {}
     for row in rows:
+        if raw_split[row]["image"] is None:
+            sizes[row] = None
+            continue
         with Image.open(io.BytesIO(image_bytes(raw_split, row))) as image:
             turned = image.getexif().get(0x0112, 1) >= 5  # orientation 5 to 8: rotated by a quarter
             sizes[row] = image.size[::-1] if turned else image.size
@@ -158,6 +163,7 @@ def row_of(item: Item, reply: Reply, size: Size | None = None, blind: bool = Fal
         "prompt_sha": files.sha256(item.prompt)[:16],
         "size": None if size is None else list(size),
         "blind": blind,
+        **({} if reply.probabilities is None else {"probabilities": dict(reply.probabilities)}),
     }
 
 

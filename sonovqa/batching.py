@@ -11,6 +11,7 @@ M-RoPE's (Qwen2-VL, arXiv:2409.12191, section 2.1) for the families that have it
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from sonovqa import chat, families
+from sonovqa import chat, choice, families, text_only
 from sonovqa.questions import REPORT_ID
 
 IGNORED = -100  # torch's `ignore_index`: a token without loss
@@ -66,11 +67,14 @@ class Branch:
         ids: token ids of question, tail of the template and, in training, answer and end of turn, ``[B]``.
         asked: number of leading tokens that belong to the question: no loss on them.
         weight: the loss weight of each of its answer tokens.
+        place: instead of an answer's tokens, a label at the question's last one: its kind's number and its column
+            (`choice.Head.place`).
     """
 
     ids: list[int]
     asked: int
     weight: float = 1.0
+    place: tuple[int, int | None] | None = None
 
 
 class Encoder:
@@ -80,6 +84,8 @@ class Encoder:
         processor: a Hugging Face processor; its image sizes are the pixel budget.
         model: the model the ids are for; its `get_rope_index` gives M-RoPE positions. ``None`` for a Qwen-VL's processor alone
             and plain positions.
+        head: the labels of a run that answers by a choice head, or ``None``.
+        family: where there is no model, and the processor is no Qwen-VL's.
 
     Attributes:
         family: of the model. Unless it shares a prefix, the model makes positions and mask itself, from the processor's
@@ -87,11 +93,13 @@ class Encoder:
         starts: of an encoder-decoder, the tokens that its decoder begins with; else empty.
     """
 
-    def __init__(self, processor, model=None):
-        self.family = families.of_type("qwen3_vl") if model is None else families.of(model.config)
+    def __init__(self, processor, model=None, head: choice.Head | None = None, family: families.Family | None = None):
+        self.family = (family or families.of_type("qwen3_vl")) if model is None else families.of(model.config)
+        self.head = head
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = chat.Template(processor, self.family.system_turn)
+        texts = processor.image_processor is None
+        self.template = text_only.TextTemplate(self.tokenizer) if texts else chat.Template(processor, self.family.system_turn)
         self.starts = _decoder_starts(model.config) if self.family.encoder_decoder else []
         self._rope = _rope_index(model) if self.family.shares_prefix else None
 
@@ -141,16 +149,6 @@ class Encoder:
         told = [] if answer is None else self._answer_ids(answer)
         return Branch(asked + told, len(asked), weight)
 
-    def batch(self, prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]]) -> dict[str, torch.Tensor]:
-        """`assemble` for this family: as it is, for a model that makes its own positions, or for an encoder-decoder."""
-        if self.starts:
-            return assemble_apart(prefixes, [branch for (branch,) in branches], self.starts, self.tokenizer.pad_token_id)
-        batch = assemble(prefixes, branches, self.tokenizer.pad_token_id)
-        if not self.family.shares_prefix:
-            del batch["position_ids"]
-            batch |= _padded_types(prefixes, [sum(len(b.ids) for b in row) for row in branches])
-        return batch
-
     def asked(self, prefixes: Sequence[Prefix], branches: Sequence[Branch]) -> dict[str, torch.Tensor]:
         """Prefixes with a question each to be answered by a model that makes its own positions: ``input_ids``,
         ``attention_mask`` and the processor's marks, ``[R, L, …]``, padded on the left."""
@@ -160,6 +158,30 @@ class Encoder:
         mask = pad_sequence([torch.ones_like(row) for row in rows], **padding)
         types = _padded_types(prefixes, [len(b.ids) for b in branches], left=True)
         return {"input_ids": ids, "attention_mask": mask} | types
+
+    def tasks_of(self, row: dict, task: str, variant: str) -> list[dict]:
+        """What is asked of a row: `chat.tasks_of`, or `choice.tasks_of` where there is a choice head."""
+        return choice.tasks_of(row, task, variant, self.head) if self.head else chat.tasks_of(row, task, variant)
+
+    def branch_of(self, asked: dict, weight: float = 1.0) -> Branch:
+        """The training branch of one of `tasks_of`: with its answer, or with its label at the last token of the question."""
+        if self.head is None:
+            return self.branch(asked["prompt"], asked["answer"], weight)
+        return dataclasses.replace(self.branch(asked["prompt"], weight=weight), place=asked["place"])
+
+    def batch(
+        self, prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], vision: dict | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`assemble` for this family (as it is, for a model that makes its own positions, or for an encoder-decoder), with the
+        vision tensors and the rows of the LM head that a choice is between."""
+        if self.starts:
+            made = assemble_apart(prefixes, [branch for (branch,) in branches], self.starts, self.tokenizer.pad_token_id)
+        else:
+            made = assemble(prefixes, branches, self.tokenizer.pad_token_id)
+            if not self.family.shares_prefix:
+                del made["position_ids"]
+                made |= _padded_types(prefixes, [sum(len(b.ids) for b in row) for row in branches])
+        return made | (vision or {}) | (label_rows(self.head) if self.head else {})
 
     def prefix_lengths(self, sizes: Sequence[tuple[int, int]], contexts: Sequence[str | None]) -> list[int]:
         """Tokens of each prefix from image sizes ``(width, height)`` alone: nothing is decoded or resized."""
@@ -187,6 +209,11 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def encoder_for(processor, model, head: choice.Head | None = None) -> Encoder:
+    """The encoder of a model, or of texts, with a run's choice head."""
+    return text_only.encoder(processor, head) if processor.image_processor is None else Encoder(processor, model, head)
+
+
 def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], pad_id: int) -> dict[str, torch.Tensor]:
     """Lay prefixes and their branches out as one padded batch.
 
@@ -198,7 +225,8 @@ def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], p
     Returns:
         ``input_ids`` ``[R, L]``; ``position_ids`` ``[3, R, L]`` or ``[R, L]``; ``segments`` ``[R, L]`` (0 prefix, k the
         k-th branch, -1 padding); ``labels`` ``[R, L]`` (`IGNORED` but at answers and ends of turn); ``weights``
-        ``[R, L]``, the loss weight of each label.
+        ``[R, L]``, the loss weight of each label. Of a choice ``labels`` holds the label's column, at the question's last
+        token itself, and ``kinds`` ``[R, L]`` the number of its kind.
     """
     lengths = [len(p.ids) + sum(len(b.ids) for b in row) for p, row in zip(prefixes, branches, strict=True)]
     rows, length = len(lengths), max(lengths)
@@ -208,6 +236,7 @@ def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], p
     segments = torch.full((rows, length), -1)
     labels = torch.full((rows, length), IGNORED)
     weights = torch.zeros((rows, length))
+    kinds = torch.zeros((rows, length), dtype=torch.long)
     for r, (prefix, row) in enumerate(zip(prefixes, branches, strict=True)):
         at = len(prefix.ids)
         ids[r, :at], positions[..., r, :at], segments[r, :at] = prefix.ids, prefix.positions, 0
@@ -219,7 +248,20 @@ def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], p
             labels[r, told] = ids[r, told]
             weights[r, told] = branch.weight
             at = here.stop
-    return {"input_ids": ids, "position_ids": positions, "segments": segments, "labels": labels, "weights": weights}
+            if branch.place is not None and branch.place[1] is not None:
+                kinds[r, at - 1], labels[r, at - 1] = branch.place
+                weights[r, at - 1] = branch.weight
+    made = {"input_ids": ids, "position_ids": positions, "segments": segments, "labels": labels, "weights": weights}
+    return made | ({"kinds": kinds} if any(branch.place for row in branches for branch in row) else {})
+
+
+def label_rows(head: choice.Head) -> dict[str, torch.Tensor]:
+    """What a batch of choices needs: ``label_rows`` ``[U]``, the token ids whose rows of the LM head are compared, and
+    ``label_sets`` ``[kinds, U]``, True where a token stands for a label of the kind."""
+    sets = torch.zeros((len(head.sets), len(head.tokens)), dtype=torch.bool)
+    for kind, columns in enumerate(head.columns.values()):
+        sets[kind, columns] = True
+    return {"label_rows": torch.tensor(head.tokens), "label_sets": sets}
 
 
 def assemble_apart(
@@ -288,21 +330,21 @@ class Collator:
         """Batch the plan's items ``{split, row, branches, weights}``, with an augmentation ``draw`` too; see `Encoder.batch`
         for what comes back, with the vision tensors."""
         rows = [self.source[item["split"]][item["row"]] for item in plan]
-        images = [chat.open_image(row["image"]["bytes"]) for row in rows]
+        images = [None if row["image"] is None else chat.open_image(row["image"]["bytes"]) for row in rows]
         for i, item in enumerate(plan):
             if self.augmentation is not None and item["split"] == "train":
                 images[i], rows[i] = self.augmentation(images[i], self._only_asked(rows[i]), item["draw"])
         prefixes, vision = self.encoder.prefixes(images, [row.get("context") for row in rows])
         branches = []
         for item, row in zip(plan, rows, strict=True):
-            tasks = chat.tasks_of(row, self.task, self.variant)
+            tasks = self.encoder.tasks_of(row, self.task, self.variant)
             chosen = zip(item["branches"], item["weights"], strict=True)
-            branches.append([self.encoder.branch(tasks[k]["prompt"], tasks[k]["answer"], weight) for k, weight in chosen])
-        return self.encoder.batch(prefixes, branches) | vision
+            branches.append([self.encoder.branch_of(tasks[k], weight) for k, weight in chosen])
+        return self.encoder.batch(prefixes, branches, vision)
 
     def _only_asked(self, row: dict) -> dict:
         """The row with the questions of the task: what nobody asks need not stay true of the picture."""
-        kept = [q for q in row["questions"] if self.task in ("all", REPORT_ID, q["question_id"])]
+        kept = [q for q in row["questions"] if self.task == REPORT_ID or chat.is_asked(q, self.task)]
         return {**row, "questions": kept}
 
 

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sonovqa import bench_worker, memory, memory_peak, records, weights
+from sonovqa import bench_worker, families, memory, memory_peak, records, weights
 from sonovqa.bench_worker import SHARED, VLLM, Case
 from sonovqa.cli import UserError
 from sonovqa.engines import ImageRequest
@@ -43,7 +43,7 @@ def _shell(name: str, adapter: str | None):
     tensors = weights.of_model(name)
     if tensors is None:
         raise UserError("neither the hub's cache nor the hub tells its tensors")
-    processor = models.load_processor(adapter or name)
+    processor = models.load_processor(adapter or name, family=families.of_model(name))
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 

@@ -71,11 +71,13 @@ def coverage(certain: np.ndarray, right: np.ndarray) -> list[dict]:
     return curve
 
 
-def told_of(raw, items: Sequence[Item], labels: confidence.Labels, engine: Callable, path: Path) -> tuple[int, dict]:
-    """Weigh the labels of closed questions that have no probabilities yet.
+def told_of(raw, items: Sequence[Item], labels: confidence.Labels, engine: Callable, path: Path,
+            answered: Mapping[Key, Mapping]) -> tuple[int, dict]:  # fmt: skip
+    """Weigh the labels of closed questions that have no probabilities yet: answers of a choice head came with theirs.
 
     Args:
         raw: the split, images not decoded. items: its questions, in row order.
+        answered: the predictions by key; one that has ``probabilities`` is not asked about again.
         engine: gives the engine first; called only if something is left to weigh.
         path: confidence.jsonl, appended to.
 
@@ -85,8 +87,10 @@ def told_of(raw, items: Sequence[Item], labels: confidence.Labels, engine: Calla
     Raises:
         UserError: if no question has labels, or the engine gives no likelihoods.
     """
-    wordings = {item.key: labels.of(item) for item in items if labels.of(item)}
-    if not wordings:
+    chosen = {key: row["probabilities"] for key, row in answered.items() if row.get("probabilities")}
+    direct = {key: {"probabilities": found, "mass": 1.0} for key, found in chosen.items()}
+    wordings = {item.key: labels.of(item) for item in items if item.key not in direct and labels.of(item)}
+    if not wordings and not direct:
         closed = ", ".join(confidence.CLOSED)
         raise UserError(f"--confidence; --task asks no closed question; {closed} and yes-or-no ones are; choose another")
     done = confidence.read(path)
@@ -94,7 +98,8 @@ def told_of(raw, items: Sequence[Item], labels: confidence.Labels, engine: Calla
     if todo:
         asked = confidence.requests(raw, [item for item in items if item.key in todo], labels)
         confidence.weigh(confidence.engine_of(engine()[0]), asked, todo, path)
-    return len(wordings), {key: row for key, row in confidence.read(path).items() if key in wordings}
+    told = {key: row for key, row in confidence.read(path).items() if key in wordings}
+    return len(wordings) + len(direct), told | direct
 
 
 def add(scores: dict, rows: Sequence[Mapping], told: Mapping[Key, Mapping], below: float | None, draws: Resamples) -> None:
@@ -131,7 +136,15 @@ def _of_kind(kind: str, rows: Sequence[Mapping], told: Sequence[Mapping], below:
         "fallback": _fallback(rows, told, right, groups, draws),
         "of": "the answer's own label", **_calibration(certain, right, groups, draws),
     }  # fmt: skip
-    return found | (_two_classes(*POSITIVE[kind], rows, told, draws) if kind in POSITIVE else {})
+    classes = _classes(kind, rows)
+    return found | (_two_classes(*classes, rows, told, draws) if classes else {})
+
+
+def _classes(kind: str, rows: Sequence[Mapping]) -> tuple[str, str] | None:
+    """The positive and the negative label of a kind of question; ``None`` where there are not two."""
+    if kind == confidence.TEXT:
+        return measures.two_labels(confidence.label_of(row, row["reference"]) for row in rows)
+    return POSITIVE.get(kind)
 
 
 def confidence_of(row: Mapping, told: Mapping) -> float:
@@ -176,7 +189,7 @@ def differences(kind: str, first: Sequence[Mapping], second: Sequence[Mapping], 
     Returns:
         `ranking.difference` by score; empty for kinds without two classes or without probabilities.
     """
-    classes = POSITIVE.get(kind, ())
+    classes = _classes(kind, first) or ()
     keys = [(row["image_id"], row["question_id"]) for row in first]
     known = [i for i, key in enumerate(keys) if classes and key in told[0] and key in told[1]]
     known = [i for i in known if _class_of(first[i], *classes) is not None]

@@ -10,12 +10,14 @@ import base64
 import functools
 import io
 import re
+from collections.abc import Mapping
 
 from sonovqa import prompt_variants
-from sonovqa.questions import REPORT_ID, SYSTEM_TEXT, report_text
+from sonovqa.questions import REPORT_ID, SYSTEM_TEXT, YES_NO_TASK, report_text
 
-_QUESTION, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
+QUESTION_MARK, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
 
+_CHOICE = re.compile(r"\bor\b", re.IGNORECASE)
 _PIXEL_SIZE = re.compile(r"Pixel size: (\d+(?:\.\d+)?) mm")
 
 
@@ -57,7 +59,7 @@ def tasks_of(row: dict, task: str = "all", variant: str = "default") -> list[dic
 
     Args:
         row: a row of the data set; only ``questions`` is read.
-        task: ``all``, ``report`` or one question id.
+        task: one of `questions.TASKS`, or another question id.
         variant: a line of `prompt_variants.variants`.
 
     Returns:
@@ -78,8 +80,18 @@ def tasks_of(row: dict, task: str = "all", variant: str = "default") -> list[dic
             "answer": prompt_variants.answer_for(q["question_id"], q["answer"], variant),
         }
         for q in asked
-        if task in ("all", q["question_id"])
+        if is_asked(q, task)
     ]
+
+
+def is_yes_no(entry: Mapping) -> bool:
+    """Whether a question, with its ``question`` and ``answer_type``, is closed and not of the form "… or …"."""
+    return entry["answer_type"] == "closed" and not _CHOICE.search(entry["question"])
+
+
+def is_asked(entry: Mapping, task: str) -> bool:
+    """Whether a stored question is asked as such under ``--task``; ``report`` asks none, for it asks about all at once."""
+    return task in ("all", entry["question_id"]) or (task == YES_NO_TASK and is_yes_no(entry))
 
 
 def messages(image, prompt: str, context: str | None = None, answer: str | None = None) -> list[dict]:
@@ -145,11 +157,11 @@ class Template:
 
     def __init__(self, processor, system_turn: bool = True):
         self._processor, self.system_turn = processor, system_turn
-        whole = self.render(messages(None, _QUESTION, answer=_ANSWER))
-        asked = self.render(messages(None, _QUESTION), ask=True)
-        if asked.count(_QUESTION) != 1 or whole.count(_ANSWER) != 1 or not whole.startswith(asked):
+        whole = self.render(messages(None, QUESTION_MARK, answer=_ANSWER))
+        asked = self.render(messages(None, QUESTION_MARK), ask=True)
+        if asked.count(QUESTION_MARK) != 1 or whole.count(_ANSWER) != 1 or not whole.startswith(asked):
             raise ValueError("the chat template does not render question and answer once, in order")
-        self.tail = asked.split(_QUESTION)[1]
+        self.tail = asked.split(QUESTION_MARK)[1]
         self.lead = whole[len(asked) :].split(_ANSWER)[0]
         self.end_of_turn = whole.split(_ANSWER)[1].rstrip() or processor.tokenizer.eos_token
 
@@ -161,7 +173,7 @@ class Template:
     @functools.lru_cache(maxsize=4096)  # noqa: B019 - a handful of templates live as long as the process
     def prefix(self, context: str | None = None) -> str:
         """System text, image placeholder and context: what all questions of one image share."""
-        return self.render(messages(None, _QUESTION, context), ask=True).split(_QUESTION)[0]
+        return self.render(messages(None, QUESTION_MARK, context), ask=True).split(QUESTION_MARK)[0]
 
     def branch(self, prompt: str) -> str:
         """One question from the end of the shared prefix to where the answer begins."""

@@ -14,19 +14,19 @@ The local engine weighs all wordings of all questions of an image in one pass wi
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sonovqa import answers, asking, cli, measures, predictions
+from sonovqa import answers, asking, chat, cli, measures, predictions
 from sonovqa.asking import Item
 from sonovqa.engines import LabelRequest, Weigher
 from sonovqa.predictions import Key
+from sonovqa.questions import TEXT_LABEL
 
 CLOSED = ("Q3", "Q5", "Q6", "Q7")  # one label an answer; Q1, Q4 and Q8 are sets, Q2 has parts
+YES_NO, TEXT = "closed", TEXT_LABEL  # answer types: yes-or-no questions, labels of texts
 MOST_WORDINGS = 8  # of one label; the commonest of the training split
-_CHOICE = re.compile(r"\bor\b", re.IGNORECASE)
 
 #: label -> its wordings
 Wordings = Mapping[str, tuple[str, ...]]
@@ -35,6 +35,20 @@ Wordings = Mapping[str, tuple[str, ...]]
 def label_of(row: Mapping, text: str) -> str:
     """The label that an answer stands for, ``unread`` if it is unread: Q5's bin, else the meaning's key."""
     return measures.key_of(row, text)
+
+
+def closed_kind(entry: Mapping) -> str | None:
+    """Under which kind a question has one label for its answer: its id for `CLOSED`, `YES_NO`, `TEXT`; ``None`` for open ones,
+    sets, and closed ones of the form "… or …".
+
+    Args:
+        entry: a stored question, or anything else with its ``question_id``, ``question`` and ``answer_type``.
+    """
+    if entry["question_id"] in CLOSED:
+        return entry["question_id"]
+    if entry["answer_type"] == YES_NO:
+        return YES_NO if chat.is_yes_no(entry) else None
+    return TEXT if entry["answer_type"] == TEXT else None
 
 
 class Labels:
@@ -53,23 +67,27 @@ class Labels:
 
     def of(self, item: Item) -> Wordings:
         """Empty for questions without labels: open ones, sets, and closed ones of the form "… or …"."""
-        if item.question_id in self._of:
-            return self.of_id(item.question_id)
-        if item.answer_type == "closed" and not _CHOICE.search(item.question):
-            return {"yes": ("yes",), "no": ("no",)}
-        return {}
+        kind = closed_kind(vars(item))
+        return self.of_id(kind) if kind in self._of else {"yes": ("yes",), "no": ("no",)} if kind == YES_NO else {}
 
     def of_id(self, question_id: str) -> Wordings:
         """The labels of one of `CLOSED`."""
         return self._of[question_id]
 
 
-def _wordings(question_id: str, said: Mapping[str, Counter]) -> Wordings:
-    canonical = {}
-    for name in answers.CANONICAL[question_id]:
-        text = f"{name} weeks" if question_id == "Q5" else name
-        canonical[label_of({"question_id": question_id}, text)] = answers.normalise(question_id, text)
+def canonical_answers(kind: str) -> dict[str, str]:
+    """By label, the canonical wording of its answer, in the order of `answers.CANONICAL`; empty for kinds without any."""
+    if kind == YES_NO:
+        return {"yes": "yes", "no": "no"}
     found = {}
+    for name in answers.CANONICAL.get(kind, ()):
+        text = f"{name} weeks" if kind == "Q5" else name
+        found[label_of({"question_id": kind}, text)] = answers.normalise(kind, text)
+    return found
+
+
+def _wordings(question_id: str, said: Mapping[str, Counter]) -> Wordings:
+    canonical, found = canonical_answers(question_id), {}
     for label in dict.fromkeys((*canonical, *(name for name in said if name != "unread"))):
         often = sorted(said.get(label, {}).items(), key=lambda entry: (-entry[1], entry[0]))
         texts = dict.fromkeys([text for text, _ in often[:MOST_WORDINGS]] + [canonical[label]] * (label in canonical))

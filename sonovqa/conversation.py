@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from sonovqa import chat, images, prompt_variants
+from sonovqa import chat, choice, cli, images, prompt_variants, records
 from sonovqa.cli import UserError
-from sonovqa.engines import Engine
-from sonovqa.questions import QUESTIONS, REPORT_ID
+from sonovqa.engines import Engine, EngineError, ImageRequest
+from sonovqa.questions import QUESTIONS, REPORT_ID, TEXT_LABEL
 
 LONGEST_HISTORY = 12  # questions that go along with a free one; older ones are left out so that the context stays bounded
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The image talked about: what it is called, its file's bytes, and the line of context that belongs to it."""
+    """The image talked about: what it is called, its file's bytes (``None``: there is no image), and its line of context."""
 
     name: str
-    data: bytes
+    data: bytes | None
     context: str | None = None
+
+
+NO_PICTURE = Picture("text", None)  # what a run of texts is asked about
 
 
 class Answerer(Protocol):
@@ -41,26 +45,33 @@ class LocalAnswerer:
     """Answers with a model in this process, loaded from a run, a model folder, a hub id or ``tiny``."""
 
     def __init__(self, run: str, bits: int = 16, adapter: bool = False):
-        from sonovqa import models, serving_plan
+        from sonovqa import answering, models, serving_plan
 
         name, added = run, None
-        if Path(run).is_dir():
+        if is_of_texts(run):  # it is asked with its tokenizer's template or with none, so it need not be fit to be served
+            name, added = answering.model_of(argparse.Namespace(run=run, adapter=adapter))
+        elif Path(run).is_dir():
             weights = serving_plan.find_weights(Path(run), adapter)
             name, added = weights.model, weights.adapter
-        self.name = run
+        self.name, self._run, self._head = run, run, head_of(run)
         self.model, self.processor = models.load_for_inference(name, bits, added)
+        self.probabilities: Mapping[str, float] | None = None  # of the labels of the last answer, by a choice head
 
     def engine(self):
         """The same model as an engine for many images."""
-        from sonovqa.generation import LocalEngine
+        from sonovqa import answering
 
-        made = LocalEngine(self.model, self.processor)
+        made = answering.engine_of(self._run, self.model, self.processor)
         made.name = self.name
         return made
 
     def stream(self, picture: Picture, turns: list[str], max_new_tokens: int) -> Iterator[str]:
         from sonovqa import generation
 
+        if self._head or picture.data is None:
+            text, self.probabilities = chosen(self.engine(), self._head, picture, turns[-1])
+            yield text
+            return
         first = chat.messages(chat.open_image(picture.data), turns[0], picture.context)
         yield from generation.stream(self.model, self.processor, first + followed(turns), max_new_tokens)
 
@@ -68,12 +79,16 @@ class LocalAnswerer:
 class EndpointAnswerer:
     """Answers through an OpenAI-compatible API."""
 
-    def __init__(self, url: str, model: str | None = None):
-        from sonovqa.endpoint import Endpoint
+    def __init__(self, url: str, model: str | None = None, head: Path | None = None):
+        from sonovqa import answering, endpoint_cost
 
-        self.endpoint = Endpoint(url, model)
-        self.endpoint.check()
+        self._head = head_of(head) if head else None
+        asked = {"endpoint": url, "model": model, "in_flight": 1, "head": head, "api_key_env": None, "run": None}
+        self.endpoint = answering.open_endpoint(argparse.Namespace(**asked))
         self.name = self.endpoint.name
+        self.probabilities: Mapping[str, float] | None = None
+        if endpoint_cost.is_elsewhere(url):
+            cli.stderr.print(f"images and questions leave this machine for {self.name}", style="yellow", markup=False)
 
     def engine(self):
         """The same endpoint as an engine for many images."""
@@ -82,6 +97,10 @@ class EndpointAnswerer:
     def stream(self, picture: Picture, turns: list[str], max_new_tokens: int) -> Iterator[str]:
         from sonovqa.endpoint import encoded_as_seen
 
+        if self._head:
+            text, self.probabilities = chosen(self.endpoint, self._head, picture, turns[-1])
+            yield text
+            return
         image, mime = encoded_as_seen(picture.data)
         first = chat.openai_messages(image, turns[0], picture.context, mime)
         yield from self.endpoint.stream(first + followed(turns), max_new_tokens)
@@ -102,6 +121,11 @@ class Conversation:
     max_new_tokens: int = 128
     picture: Picture | None = None
     history: list[str] = field(default_factory=list)
+
+    @property
+    def probabilities(self) -> Mapping[str, float] | None:
+        """Of the labels of the last answer, where a choice head gave it."""
+        return getattr(self.answerer, "probabilities", None)
 
     def look_at(self, picture: Picture) -> None:
         """Talk about another image; nothing said about the last one goes along."""
@@ -124,6 +148,45 @@ class Conversation:
             pieces.append(piece)
             yield piece
         self.history += [question, "".join(pieces).strip()]  # an answer that was broken off is not remembered
+
+
+def head_of(run: str | Path | None) -> choice.Head | None:
+    """The choice head of a run or its ``merged/``; ``None`` of a run that generates its answers and of what is no run."""
+    home = Path(run or "")
+    return choice.of_run(records.read_run(home.parent if home.name == "merged" else home)) if run else None
+
+
+def is_of_texts(run: str | None) -> bool:
+    """Whether a run was trained on texts: it is asked about no image."""
+    head = head_of(run)
+    return head is not None and TEXT_LABEL in head.sets
+
+
+def problem_of_folder(run: str | None) -> str:
+    """Why a run cannot fill a sheet of all eight questions, or ""."""
+    head = head_of(run)
+    return (
+        f"--folder asks Q1 … Q8; {run} answers a {head.describe()}; evaluate.py asks what it knows; use --image" if head else ""
+    )
+
+
+def chosen(engine: Engine, head: choice.Head | None, picture: Picture, question: str) -> tuple[str, Mapping[str, float]]:
+    """A choice head's answer to a question, asked alone, and the probabilities of its labels.
+
+    Raises:
+        EngineError: if the head was not trained on the question, or the engine gave no answer.
+    """
+    request = ImageRequest(picture.name, picture.data, picture.context, (("", question),))
+    reply = next(iter(engine.answer([request], 1)))
+    if reply.error is not None:
+        raise EngineError(f"{reply.error} ({head.describe()})" if reply.error == choice.NOT_ITS_OWN else reply.error)
+    return reply.text, reply.probabilities
+
+
+def chances(probabilities: Mapping[str, float] | None) -> str:
+    """Probabilities behind an answer, such as `` (normal 0.87, abnormal 0.13)``; "" where there are none."""
+    told = sorted((probabilities or {}).items(), key=lambda entry: -entry[1])[:3]
+    return f" ({', '.join(f'{name} {chance:.2f}' for name, chance in told)})" if told else ""
 
 
 def followed(turns: list[str]) -> list[dict]:
@@ -183,7 +246,7 @@ def prompts_line(line: str | None, run: str | None, question: str | None = None)
     Raises:
         UserError: if the line names a question or a prompt that there is not, or changes nothing of what is asked.
     """
-    from sonovqa import provenance, records
+    from sonovqa import provenance
 
     if line is None:
         home = Path(run or "")

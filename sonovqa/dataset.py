@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sonovqa.cli import UserError
 from sonovqa.files import read_json, replacing_folder, write_json
+from sonovqa.questions import TEXT_LABEL
 from sonovqa.rows import Row, fingerprint
 from sonovqa.splits import SPLITS, subset_order
 
@@ -79,10 +80,15 @@ def _write_split(folder: Path, name: str, rows: list[Row], columns, advance: Cal
 
 def _stored(row: Row, with_context: bool) -> dict:
     record = row.record
-    data = record.path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != row.checked.sha256:
-        raise UserError(f"an image changed while it was read; {record.path}; files that stay as they are; run the command again")
-    stored = {"image": {"bytes": data, "path": record.path.name}, "image_id": record.image_id, "group": row.group}
+    image = None  # of a text
+    if record.path is not None:
+        data = record.path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != row.checked.sha256:
+            raise UserError(
+                f"an image changed while it was read; {record.path}; files that stay as they are; run the command again"
+            )
+        image = {"bytes": data, "path": record.path.name}
+    stored = {"image": image, "image_id": record.image_id, "group": row.group}
     stored |= {"category": record.category, "questions": row.questions}
     return {**stored, "context": record.context} if with_context else stored
 
@@ -186,10 +192,10 @@ def load_undecoded(path: Path):
 
 
 def subset(split, count: int, seed: int):
-    """``count`` rows of a split, spread over categories and normality, never its head; the whole split if it has fewer.
+    """``count`` rows of a split, spread over categories and normality (of texts labels), never its head; all if there are fewer.
 
     Source: `splits.subset_order`.
     """
-    normality = [next((q["label"] for q in row if q["question_id"] == "Q7"), "") for row in split["questions"]]
+    normality = [next((q["label"] for q in row if q["question_id"] in ("Q7", TEXT_LABEL)), "") for row in split["questions"]]
     order = subset_order(split["image_id"], list(zip(split["category"], normality, strict=True)), seed)
     return split.select(sorted(order[:count]))

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from sonovqa import chat, credentials, endpoint_likelihoods
 from sonovqa.cli import UserError
+from sonovqa.endpoint_dialect import Dialect
 from sonovqa.endpoint_likelihoods import Weighed
 from sonovqa.engines import EngineError, ImageRequest, LabelReply, LabelRequest, Reply
 
@@ -68,6 +69,7 @@ class Endpoint:
         self.base_url = base_url.rstrip("/") + ("/v1" if urlsplit(base_url).path in ("", "/") else "")
         self.model, self.in_flight, self.timeout = model, in_flight, timeout
         self.retries, self.backoff = retries, backoff
+        self.dialect = Dialect()
         self.key_names, self.extra = (key_env,) if key_env else KEY_NAMES, extra or {}
         if key_env:
             credentials.check_variable("--api-key-env", key_env)
@@ -139,9 +141,9 @@ class Endpoint:
 
         shown = ""
         for attempt in itertools.count(1):
-            text = ""
+            text, request = "", self._request(messages, max_new_tokens)
             try:
-                for piece in self._stream_once(messages, max_new_tokens):
+                for piece in self._stream_once(request):
                     text += piece
                     if text.startswith(shown) and text != shown:
                         new, shown = text[len(shown) :], text
@@ -150,16 +152,18 @@ class Endpoint:
                     return
                 raise EngineError("the connection broke and the answer then began differently; ask again")
             except (openai.APIError, IncompleteError, ValueError) as fault:
+                if self.dialect.learns(fault, request):
+                    continue
                 if attempt > self.retries or not may_pass(fault):
                     raise EngineError(self._in_words(fault)) from None
                 time.sleep(self._pause(attempt, fault))
 
-    def _stream_once(self, messages: list[dict], max_new_tokens: int) -> Iterator[str]:
+    def _stream_once(self, request: dict) -> Iterator[str]:
         import openai
 
         reason, empty = None, True
         with self._client(openai.OpenAI) as client:
-            for event in client.chat.completions.create(**self._request(messages, max_new_tokens), stream=True):
+            for event in client.chat.completions.create(**request, stream=True):
                 for choice in event.choices or ():
                     reason = choice.finish_reason or reason
                     if piece := choice.delta.content:
@@ -219,13 +223,16 @@ class Endpoint:
                 # The client's own limit is between two bytes: a server that drips would hold a request for ever.
                 return read(await asyncio.wait_for(client.chat.completions.create(**request), self.timeout)), None
             except (openai.APIError, IncompleteError, ValueError, TimeoutError) as fault:  # ValueError: a body that is no JSON
+                if self.dialect.learns(fault, request):
+                    request = self.dialect.spoken(request)
+                    continue
                 if attempt > self.retries or not may_pass(fault):
                     return None, self._in_words(fault) + (f" (tried {attempt} times)" if attempt > 1 else "")
                 await asyncio.sleep(self._pause(attempt, fault))
 
     def _request(self, messages: list[dict], max_new_tokens: int) -> dict:
         asked = {"model": self.model or "", "messages": messages, "max_tokens": max_new_tokens, "temperature": 0.0}
-        return asked | ({"extra_body": self.extra} if self.extra else {})
+        return self.dialect.spoken(asked | ({"extra_body": self.extra} if self.extra else {}))
 
     def _key(self) -> str | None:
         return credentials.key(*self.key_names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,13 +13,13 @@ class ImageRequest:
 
     Attributes:
         image_id: ``<folder>/<file>``, given back with every reply.
-        image: the encoded file's bytes.
+        image: the encoded file's bytes; ``None``: the prompts are texts about no image.
         context: a line that belongs to the image (such as a pixel size), or ``None``.
         prompts: pairs ``(question_id, prompt)``.
     """
 
     image_id: str
-    image: bytes
+    image: bytes | None
     context: str | None
     prompts: tuple[tuple[str, str], ...]
 
@@ -34,6 +34,7 @@ class Reply:
         finish_reason: ``stop``, ``length`` (cut at ``max_new_tokens``) or ``None``.
         new_tokens: tokens generated, the end of the turn included where the engine counts it.
         seconds: from the request's start to its answer, retries included.
+        probabilities: of a choice head, by label; ``None`` of a generated answer.
     """
 
     image_id: str
@@ -43,6 +44,7 @@ class Reply:
     finish_reason: str | None = None
     new_tokens: int = 0
     seconds: float = 0.0
+    probabilities: Mapping[str, float] | None = None
 
 
 class Engine(Protocol):

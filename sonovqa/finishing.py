@@ -13,7 +13,7 @@ from sonovqa.cli import console
 from sonovqa.planning import Plan
 
 
-def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, progress) -> dict:
+def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, progress, head=None) -> dict:
     """What run.json says: arguments, commit, versions, device, data and model, and the figures of the training.
 
     Args:
@@ -22,6 +22,7 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
         loaded: the `models.Loaded` base.
         trainer: after ``trainer.train()``.
         plan: of the training split.
+        head: the `choice.Head` that was trained; ``None``: answers are generated.
         progress: the run's `training.Progressing`: curve and seconds over all of its sessions.
     """
     curve, seconds = progress.curve, progress.seconds
@@ -34,6 +35,7 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
         "base_revision": getattr(trainer.model.config, "_commit_hash", None),
         "backend": loaded.backend,
         "prompt_variant": args.prompts,
+        "head": head and head.json(),
         "pixels": models.pixel_budget(loaded.processor),
         "data": dataset.about(args.data)["fingerprint"],
         "check_items": plan.items[: merging.CHECK_ROWS],

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from sonovqa.batching import IGNORED, attention_mask
 
-_NOT_FOR_MODEL = ("labels", "weights", "segments")
+_NOT_FOR_MODEL = ("labels", "weights", "segments", "kinds", "label_rows", "label_sets")
 
 
 def predicting(labels: torch.Tensor) -> torch.Tensor:
@@ -35,6 +35,31 @@ def logits_at(model: torch.nn.Module, at: torch.Tensor) -> Iterator[None]:
         handle.remove()
 
 
+@contextlib.contextmanager
+def label_logits_at(model: torch.nn.Module, at: torch.Tensor, rows: torch.Tensor) -> Iterator[None]:
+    """Inside, the model's LM head is its ``rows`` ``[U]`` at ``at`` ``[R, L]`` only, and its logits are ``[N, U]``.
+
+    The head's own weights are used where they are, so a tied or trained head keeps its gradient; accelerate, which loads
+    offloaded weights around a module's ``forward``, keeps doing so.
+    """
+    head = model.get_output_embeddings()
+    name = "_old_forward" if hasattr(head, "_old_forward") else "forward"  # the former is what accelerate's hook calls
+
+    def restricted(hidden: torch.Tensor) -> torch.Tensor:
+        bias = getattr(head, "bias", None)
+        return F.linear(hidden[at.to(hidden.device)], head.weight[rows], None if bias is None else bias[rows])
+
+    own = head.__dict__.get(name)
+    setattr(head, name, restricted)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(head, name)  # the class's own shows again
+        else:
+            setattr(head, name, own)
+
+
 def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrapped: torch.nn.Module | None = None):
     """Run the model on a batch of `sonovqa.batching`.
 
@@ -45,14 +70,22 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrappe
         wrapped: what to call instead of ``model``, such as its DistributedDataParallel wrapper.
 
     Returns:
-        Logits ``[N, vocabulary]``, their targets ``[N]`` and weights ``[N]``, in row-major order of the labels.
+        Logits ``[N, vocabulary]``, their targets ``[N]`` and weights ``[N]``, in row-major order of the labels. Of choices
+        logits over ``label_rows``, ``[N, U]``, as low as they can be for tokens that are no label of the question.
     """
-    at = predicting(batch["labels"])
     inputs = {key: value for key, value in batch.items() if key not in _NOT_FOR_MODEL}
     if "position_ids" in batch:
         inputs["attention_mask"] = attention_mask(batch["segments"])
     elif "decoder_input_ids" not in batch:
         inputs["attention_mask"] = (batch["segments"] >= 0).long()
+    if "label_rows" in batch:
+        at = batch["labels"] != IGNORED
+        with label_logits_at(model, at, batch["label_rows"]):
+            logits = (wrapped or model)(**inputs, use_cache=False).logits
+        foreign = ~batch["label_sets"][batch["kinds"][at]]  # not -inf: the difference of two would be NaN in a comparison
+        logits = logits.masked_fill(foreign.to(logits.device), torch.finfo(logits.dtype).min)
+        return logits, batch["labels"][at], batch["weights"][at]
+    at = predicting(batch["labels"])
     with logits_at(model, at):
         logits = (wrapped or model)(**inputs, use_cache=False).logits
     after = torch.roll(at, 1, dims=1)

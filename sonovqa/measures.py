@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from sonovqa import answers, extraction, metrics, overlap, prompt_variants
 from sonovqa.metrics import Score, mean
-from sonovqa.questions import QUESTIONS, REPORT_ID
+from sonovqa.questions import QUESTIONS, REPORT_ID, TEXT_LABEL
 
 Meaning = answers.Meaning
 #: From the references' meanings and the answers', ``None`` where unread, to scores by name.
@@ -49,6 +50,9 @@ def meaning(row: dict, text: str) -> Meaning | None:
     if _extracts(row):
         key = extraction.key_of(text)
         return None if key is None else Meaning(key, frozenset((key,)))
+    if row.get("answer_type") == TEXT_LABEL:
+        name = " ".join(text.split())
+        return Meaning(name, frozenset((name,))) if name else None
     return read(row["question_id"], _understood(row, text), row.get("question") or "")
 
 
@@ -86,6 +90,8 @@ def right(row: dict, text: str) -> bool:
     """
     if _extracts(row):
         return extraction.score(row["reference"], text)["combined"] == 1
+    if row.get("answer_type") == TEXT_LABEL:
+        return key_of(row, text) == key_of(row, row["reference"])
     return _same(row["question_id"], row.get("question") or "", row["reference"], _understood(row, text))
 
 
@@ -266,6 +272,24 @@ def _two_classes(positive: str, negative: str) -> Measure:
     return scores
 
 
+def two_labels(names: Iterable[str]) -> tuple[str, str] | None:
+    """``(positive, negative)`` of texts' labels where there are two: "yes" against "no", else the rarer one is positive.
+
+    ``None`` for one label, and for three or more.
+    """
+    counts = Counter(names)
+    if len(counts) != 2:
+        return None
+    rarer, other = sorted(counts, key=lambda name: (counts[name], name))
+    return (other, rarer) if {rarer, other} == {"yes", "no"} and rarer == "no" else (rarer, other)
+
+
+def _labels(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
+    """Of texts with two labels, the scores of one class against the other."""
+    classes = two_labels(one.key for one in expected if one)
+    return _two_classes(*classes)(expected, found) if classes else {}
+
+
 #: The scores that a kind of question has beside accuracy and wording.
 _OWN: dict[str, Measure] = {
     "Q1": _sets,
@@ -277,4 +301,5 @@ _OWN: dict[str, Measure] = {
     "Q7": _two_classes("abnormal", "normal"),
     "Q8": _sets,
     "closed": _two_classes("yes", "no"),
+    TEXT_LABEL: _labels,
 }

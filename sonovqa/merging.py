@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sonovqa import adapters, cli, families, files, models, resuming
+from sonovqa import adapters, cli, families, files, models, resuming, text_only
 from sonovqa.cli import UserError, console
 
 #: Bounds of the merge check. Rounding merged weights to 16 bits moves an answer's distribution by 1e-6 to 1e-3 nats, and
@@ -106,14 +106,15 @@ def verdict(check: dict, shares: dict[str, float]) -> list[str]:
 
 def check_rows(run: dict, processor, model) -> list[dict]:
     """The run's `CHECK_ROWS` rows as batches of one row each: no padding, no mixing."""
-    from sonovqa import dataset
-    from sonovqa.batching import Collator, Encoder
+    from sonovqa import choice, dataset
+    from sonovqa.batching import Collator, encoder_for
 
     arguments = run["arguments"]
     splits = dataset.load_undecoded(Path(arguments["data"]))
     if arguments["max_images"]:  # rows are numbered within what was trained on
         splits["train"] = dataset.subset(splits["train"], arguments["max_images"], arguments["seed"])
-    collate = Collator(splits, Encoder(processor, model), arguments["task"], run["prompt_variant"])
+    encoder = encoder_for(processor, model, choice.of_run(run))
+    collate = Collator(splits, encoder, arguments["task"], run["prompt_variant"])
     return [collate([item]) for item in run["check_items"]]
 
 
@@ -235,13 +236,10 @@ def check_merged(
 def check_complete(folder: Path) -> None:
     """Raise `UserError` unless everything vLLM needs stands beside the weights."""
     models.check_folder(folder)
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "generation_config.json",
-        "processor_config.json",
-    ):
+    wanted = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    if not text_only.takes_no_images(str(folder)):  # of texts the tokenizer is all, with a chat template or without
+        wanted += ["chat_template.jinja", "processor_config.json"]
+    for name in wanted:
         if not (folder / name).exists():
             raise UserError(
                 f"{folder} lacks {name}; vLLM needs it beside the weights; run `python -m sonovqa.merging` on the run again"
@@ -254,12 +252,11 @@ def load_16_bit(name: str, gpu_memory: int | None):
     Without a GPU small models compute in fp32, which is exact for 16-bit weights.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
 
     options = {"device_map": "auto", "max_memory": {0: gpu_memory, "cpu": "10000GB"}} if gpu_memory else {"device_map": "cpu"}
     dtype = storage_dtype(name) if gpu_memory or torch.cuda.is_available() else torch.float32
     options |= {"dtype": dtype, "attn_implementation": "sdpa", "use_safetensors": True}
-    return AutoModelForImageTextToText.from_pretrained(name, **options)
+    return text_only.model_class(name).from_pretrained(name, **options)
 
 
 def storage_dtype(name: str):

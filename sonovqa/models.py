@@ -8,7 +8,7 @@ import logging as stdlib_logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import adapters, families, memory, torchvision_ops, weights
+from sonovqa import adapters, families, memory, text_only, torchvision_ops, weights
 from sonovqa.cli import UserError
 from sonovqa.weights import check_folder
 
@@ -77,6 +77,8 @@ def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, Non
     torchvision_ops.declare()
     from transformers import AutoProcessor
 
+    if text_only.takes_no_images(name):
+        return text_only.load_processor(name)
     processor = AutoProcessor.from_pretrained(name)
     processor.tokenizer.padding_side = "right"
     if family and not processor.chat_template:
@@ -174,6 +176,8 @@ def load_for_training(name: str, bits: int, pixels=(None, None), backend: str = 
         UserError: if the backend cannot be had or the model not be loaded.
     """
     backend, why = choose_backend(backend, families.of_model(name))
+    if text_only.takes_no_images(name):
+        backend, why = "transformers", "a text-only model"
     model = _load_unsloth(name, bits, checkpointing) if backend == "unsloth" else _load_transformers(name, bits)
     return Loaded(model, load_processor(name, pixels, families.of(model.config)), backend, why)
 
@@ -210,7 +214,7 @@ def _load_unsloth(name: str, bits: int, checkpointing: bool):
 def _load_transformers(name: str, bits: int, device_map=None, max_memory=None):
     torchvision_ops.declare()  # before the first import of transformers, which notes what is installed
     import torch
-    from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     quiet()
     quantization = None
@@ -227,7 +231,7 @@ def _load_transformers(name: str, bits: int, device_map=None, max_memory=None):
     if device_map is None and torch.cuda.is_available():
         device_map = {"": torch.cuda.current_device()}
     with _one_line(name):
-        return AutoModelForImageTextToText.from_pretrained(
+        return text_only.model_class(name).from_pretrained(
             name,
             dtype=compute_dtype(),
             quantization_config=quantization,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sonovqa import chat, weighting
+from sonovqa import weighting
 from sonovqa.cli import UserError, console
 from sonovqa.weighting import Sample, Weighting
 
@@ -59,7 +59,7 @@ def plan_split(
         UserError: if no row has anything to learn, or one image and question alone pass the limit: nothing is cut.
     """
     rows = _measured(source, encoder, task, variant)
-    samples = [sample for row in rows for sample, _ in row.branches]
+    samples = [sample for row in rows for sample, _ in row.branches.values()]
     if not samples:
         raise UserError(
             f"--task {task}; no row of the split has an answer to it; see the questions in dataset.json; choose another --task"
@@ -68,11 +68,11 @@ def plan_split(
     weights = iter(weighed)
     once, again, dealt, too_long = [], [], 0, []
     for number, row in enumerate(rows):
-        mine = [next(weights) for _ in row.branches]
-        lengths = [length for _, length in row.branches]
+        mine = {k: next(weights) for k in row.branches}
+        lengths = {k: length for k, (_, length) in row.branches.items()}
         groups = _deal(lengths, max_tokens - row.prefix, shared)
         if groups is None:
-            too_long.append(row.prefix + max(lengths))
+            too_long.append(row.prefix + max(lengths.values()))
             continue
         dealt += shared and len(groups) > 1
         made = [_item(name, number, row, group, mine) for group in groups]
@@ -89,32 +89,34 @@ def plan_split(
 
 @dataclass(frozen=True)
 class _Row:
-    """A row measured: tokens of its prefix; each branch's sample and length in tokens."""
+    """A row measured: tokens of its prefix; by number in `Encoder.tasks_of` each branch's sample and length in tokens."""
 
     prefix: int
-    branches: list[tuple[Sample, int]]
+    branches: dict[int, tuple[Sample, int]]
 
 
 def _measured(source, encoder, task: str, variant: str) -> list[_Row]:
-    prefixes = encoder.prefix_lengths([image_size(row["image"]["bytes"]) for row in source], _contexts(source))
+    sizes = [None if row["image"] is None else image_size(row["image"]["bytes"]) for row in source]
+    prefixes = encoder.prefix_lengths(sizes, _contexts(source))
     lengths: dict[tuple[str, str], tuple[int, int]] = {}
     made = []
     for number, (row, prefix) in enumerate(zip(source.remove_columns("image"), prefixes, strict=True)):
         labels = {question["question_id"]: question["label"] for question in row["questions"]}
-        branches = []
-        for asked in chat.tasks_of(row, task, variant):
+        branches = {}
+        for k, asked in enumerate(encoder.tasks_of(row, task, variant)):
             key = (asked["prompt"], asked["answer"])
             if key not in lengths:  # answers repeat: 15,000 rows hold a few hundred different ones
-                branch = encoder.branch(*key)
-                lengths[key] = (len(branch.ids), len(branch.ids) - branch.asked)
+                branch = encoder.branch_of(asked)
+                lengths[key] = (len(branch.ids), len(branch.ids) - branch.asked or 1)  # a label has the weight of one token
             total, told = lengths[key]
-            name = asked["question_id"]
-            branches.append((Sample(number, row["group"], name, labels.get(name) or "", told), total))
+            name, label = asked.get("kind", asked["question_id"]), asked.get("label", labels.get(asked["question_id"]))
+            if "place" not in asked or asked["place"][1] is not None:
+                branches[k] = Sample(number, row["group"], name, label or "", told), total
         made.append(_Row(prefix, branches))
     return made
 
 
-def _item(split: str, number: int, row: _Row, group: list[int], weights: list[float]) -> dict:
+def _item(split: str, number: int, row: _Row, group: list[int], weights: dict[int, float]) -> dict:
     length = row.prefix + sum(row.branches[k][1] for k in group)
     return {"split": split, "row": number, "branches": group, "weights": [weights[k] for k in group], "tokens": length}
 
@@ -142,13 +144,13 @@ def image_size(data: bytes) -> tuple[int, int]:
         return image.size[::-1] if turned else image.size
 
 
-def show(args, base: str, loaded, model, plans: dict[str, Plan]) -> None:
+def show(args, base: str, loaded, model, plans: dict[str, Plan], head=None) -> None:
     """Print what a run is about to do.
 
     Args:
         args: train.py's arguments, all filled in.
         base: folder or hub id of the base weights. loaded: the `models.Loaded` base. model: with what is trained attached.
-        plans: by split.
+        plans: by split. head: the `choice.Head` that is trained, or ``None``.
     """
     from rich.table import Table
 
@@ -163,8 +165,10 @@ def show(args, base: str, loaded, model, plans: dict[str, Plan]) -> None:
         table.add_row(
             name,
             f"{len(made.items)} sequences, {made.questions} answers, {made.tokens} tokens (prefixes {made.prefix_tokens}, "
-            f"branches {made.branch_tokens}, of them answers {made.answer_tokens}), longest {longest}{dealt}",
+            f"branches {made.branch_tokens}, of them answers {0 if head else made.answer_tokens}), longest {longest}{dealt}",
         )
+    if head:
+        table.add_row("head", head.describe())
     named = args.model if args.model == base else f"{args.model} ({base})"
     table.add_row("model", f"{named}, {args.bits} bits, {loaded.backend}: {loaded.why}")
     table.add_row("trainable", f"{trained:,} parameters" + ("" if args.full else f", LoRA r={args.rank} alpha={args.alpha}"))
@@ -195,14 +199,14 @@ def _contexts(source) -> list[str | None]:
     return list(source["context"]) if "context" in source.column_names else [None] * len(source)
 
 
-def _deal(lengths: Sequence[int], room: int, shared: bool) -> list[list[int]] | None:
+def _deal(lengths: Mapping[int, int], room: int, shared: bool) -> list[list[int]] | None:
     """Branch numbers in order, grouped so that each group fits ``room`` tokens; ``None`` if one alone does not."""
-    if any(length > room for length in lengths):
+    if any(length > room for length in lengths.values()):
         return None
     if not shared:
-        return [[k] for k in range(len(lengths))]
+        return [[k] for k in lengths]
     groups, used = [], room + 1
-    for k, length in enumerate(lengths):
+    for k, length in lengths.items():
         if used + length > room:
             groups.append([])
             used = 0

@@ -54,8 +54,8 @@ def variants(text: str) -> Mapping[str, str]:
 
 
 def asked(task: str) -> tuple[str, ...]:
-    """The questions with prompts of their own that ``--task`` asks: Q1 … Q8 for ``all``, else itself."""
-    return tuple(QUESTIONS) if task == "all" else (task,)
+    """The questions with prompts of their own that ``--task`` asks: Q1 … Q8 for ``all``, none for ``yes-no``, else itself."""
+    return tuple(QUESTIONS) if task == "all" else (task,) if task in PROMPTS else ()
 
 
 def check(text: str, task: str) -> None:

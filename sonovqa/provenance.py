@@ -75,7 +75,9 @@ def seen_in_training(run: Mapping, about: Mapping, split: str, raw) -> Iterable[
 
 
 def _hashes(raw) -> set[str]:
-    return {hashlib.sha256(asking.image_bytes(raw, row)).hexdigest() for row in range(len(raw))}
+    """Of each row its image's, or the texts' where there is none."""
+    found = ((asking.image_bytes(raw, row), raw[row]["questions"]) for row in range(len(raw)))
+    return {hashlib.sha256(image or "".join(q["question"] for q in asked).encode()).hexdigest() for image, asked in found}
 
 
 def own_prompts(run: Mapping | None) -> str:

@@ -123,8 +123,12 @@ REPORT_PROMPTS = {
 }
 REPORT_FORMS = {"structured": Form("all eight titles, in order", f".*{'.*'.join(_TITLES)}.*")}
 
+#: Question id and answer type of a text's label (`csv_text`): a name, never read for a meaning.
+TEXT_LABEL = "label"
+
 #: What ``--task`` takes.
-TASKS = ("all", REPORT_ID, *QUESTIONS)
+YES_NO_TASK = "yes-no"  # the yes-or-no questions of a set such as VQA-RAD
+TASKS = ("all", REPORT_ID, YES_NO_TASK, *QUESTIONS)
 
 #: One fixed system text: then every question of an image shares its whole prefix.
 SYSTEM_TEXT = "You are a sonographer's research assistant. Answer from the image, briefly."

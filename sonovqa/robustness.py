@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sonovqa import answering, answers, asking, cli, comparing, dataset, files, measures, predictions, records, scoring
+from sonovqa import answering, answers, asking, choice, cli, comparing, dataset, files, measures, predictions, records, scoring
 from sonovqa import augmentation_effects as effects
 from sonovqa.cli import UserError, console
 from sonovqa.engines import ImageRequest
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="finished runs; the others are set beside the first")
     parser.add_argument("--data", type=Path, required=True, help="a folder made by prepare_dataset.py")
     parser.add_argument("--split", choices=("test", "validation", "train"), default="test", help="whose questions are asked")
-    parser.add_argument("--task", choices=TASKS, default="all", help="all questions, the combined report, or one question")
+    parser.add_argument("--task", choices=TASKS, default="all", help="all questions, one report, yes-or-no ones, one")
     parser.add_argument("--kinds", nargs="+", choices=tuple(KINDS), default=list(KINDS), help="how the pictures are made worse")
     parser.add_argument("--strengths", nargs="+", type=float, default=list(STRENGTHS), help="above 0; 0 is always asked too")
     parser.add_argument("--limit", type=int, metavar="N", help="N images only, drawn across categories")
@@ -151,7 +151,7 @@ def answer(args: argparse.Namespace, about: Mapping, raw, at: Condition, engine)
         engine: gives the run's engine; called only if there is something to ask.
     """
     prompt = records.read_run(Path(at.run)).get("prompt_variant", "default")
-    items = asking.items_of(raw, args.task, prompt)
+    items = choice.own_items(asking.items_of(raw, args.task, prompt), choice.of_run(records.read_run(Path(at.run))))
     if not items:
         what = f"--task {args.task} on the {args.split} split of {args.data}"
         raise UserError(f"nothing to ask; {what}; answered questions are needed; choose another --task or --split")
@@ -177,12 +177,11 @@ def _who(args: argparse.Namespace, run: str) -> argparse.Namespace:
 
 
 def _engine(args: argparse.Namespace, run: str):
-    from sonovqa.generation import LocalEngine
     from sonovqa.models import load_for_inference
 
     name, adapter = answering.model_of(_who(args, run))
     model, processor = load_for_inference(name, args.bits, adapter, (None, None))
-    return LocalEngine(model, processor, args.batch_images)
+    return answering.engine_of(run, model, processor, args.batch_images)
 
 
 def slices(rows: Sequence[Mapping]) -> dict[str, set[str]]:

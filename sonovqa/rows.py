@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from sonovqa import __version__, answers, duplicates
 from sonovqa.files import sha256
 from sonovqa.images import Checked
-from sonovqa.questions import QUESTIONS
+from sonovqa.questions import QUESTIONS, TEXT_LABEL
 from sonovqa.sheets import Drops
 from sonovqa.sources import Record, left_out
 from sonovqa.splits import SPLITS, assign
+
+LABELLED = (*QUESTIONS, TEXT_LABEL)  # questions whose labels are counted
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Row:
 
     @property
     def stratum(self) -> tuple[str, str]:
-        """Category and Q7 label (where Q7 is not asked, Q5's): what splits are stratified by."""
+        """Category and Q7 label (where Q7 is not asked, Q5's, or a text's): what splits are stratified by."""
         labels = {q["question_id"]: q["label"] for q in self.questions}
-        return self.record.category, labels.get("Q7", labels.get("Q5", ""))
+        return self.record.category, labels.get("Q7", labels.get("Q5", labels.get(TEXT_LABEL, "")))
 
 
 @functools.lru_cache(maxsize=1 << 16)  # 15,446 rows hold about 7,000 distinct answers
@@ -56,7 +58,7 @@ def make_row(record: Record, checked: Checked, raw: bool) -> Row:
     stored = []
     for entry in sorted(record.questions, key=lambda q: (len(q["question_id"]), q["question_id"])):
         answer, label = stored_answer(entry["question_id"], entry["answer"], raw)
-        stored.append({**entry, "answer": answer, "label": label})
+        stored.append({**entry, "answer": answer, "label": answer if entry["answer_type"] == TEXT_LABEL else label})
     return Row(record, checked, stored)
 
 
@@ -113,12 +115,12 @@ def leakage(rows: list[Row]) -> dict:
 
 
 def describe(rows: list[Row]) -> dict:
-    """Counts of one split: images, groups, questions, distinct answers, categories, and labels of each of Q1 … Q8."""
+    """Counts of one split: images, groups, questions, distinct answers, categories, and labels of Q1 … Q8 and of texts."""
     labels = defaultdict(Counter)
     types = Counter(q["answer_type"] for row in rows for q in row.questions if q["answer_type"])
     for row in rows:
         for entry in row.questions:
-            if entry["question_id"] in QUESTIONS:
+            if entry["question_id"] in LABELLED:
                 labels[entry["question_id"]][entry["label"] or "(unread)"] += 1
     return {
         "images": len(rows),
@@ -128,7 +130,7 @@ def describe(rows: list[Row]) -> dict:
         "fingerprint": fingerprint(rows),
         "categories": dict(sorted(Counter(row.record.category for row in rows).items())),
         "answer_types": dict(sorted(types.items())),
-        "labels": {key: dict(labels[key].most_common()) for key in QUESTIONS if key in labels},
+        "labels": {key: dict(labels[key].most_common()) for key in LABELLED if key in labels},
     }
 
 

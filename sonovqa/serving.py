@@ -33,7 +33,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sonovqa import cli, served_check, serving_adapters, serving_examples, serving_plan
+from sonovqa import choosing, cli, served_check, serving_adapters, serving_examples, serving_plan
 from sonovqa.cli import UserError, console
 from sonovqa.serving_plan import Plan
 
@@ -98,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(plan.shown())
         return 0
+    if args.run and (note := choosing.serving_note(args.run)):
+        console.print(note, markup=False, soft_wrap=True)
     return serve(plan, args.wait, args.then, args.check)
 
 

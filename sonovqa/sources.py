@@ -23,6 +23,7 @@ class Record:
 
     Attributes:
         image_id: ``<folder>/<file>``.
+        path: the image's file; ``None``: the row is a text (`csv_text`).
         group: the patient, or "" where nobody said.
         questions: dictionaries ``{question_id, question, answer, answer_type}`` with the answer as written.
         context: a line that belongs to the image, or "".
@@ -31,7 +32,7 @@ class Record:
     """
 
     image_id: str
-    path: Path
+    path: Path | None
     category: str
     group: str
     questions: list[dict]

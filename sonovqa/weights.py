@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from sonovqa import files
+from sonovqa import files, text_only
 from sonovqa.cli import UserError
 
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.pt", "model.pth")
 
@@ -46,7 +47,8 @@ def check_folder(path: Path) -> None:
                             "convert them first")  # fmt: skip
         raise UserError(f"{path} holds no weights; {SINGLE} is needed; download or merge the model again")
     of_folder(path)
-    if not any((path / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+    texts = (path / "tokenizer_config.json").exists() and text_only.takes_no_images(str(path))
+    if not texts and not any((path / name).exists() for name in PROCESSORS):
         raise UserError(f"{path} lacks processor files (processor_config.json); save the full processor beside the weights")
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import closed_set
 import pytest
 from conftest import ROOT
 
@@ -23,7 +24,8 @@ from sonovqa.splits import assign
 PAGE = ROOT / "experiments.md"
 #: Everything that experiments.md lets one set, so small that a block takes seconds.
 KNOBS = {
-    "DATA": "data/small", "RARE": "data/small", "MORE": "data/small", "SETS": "data/small", "RUNS": "t", "SEEDS": "1",
+    "DATA": "data/small", "RARE": "data/small", "MORE": "data/small", "SETS": "data/small", "RAD": "data/closed",
+    "RUNS": "t", "SEEDS": "1",
     "MODELS": "base", "IMAGES": "6", "LIMIT": "2", "SIZES": "2B", "WEIGHTS": "weights", "PROCESSOR": "base", "SIZE_PX": "64x48",
     "TRAIN": "--steps 2 --batch 2 --accumulate 1 --eval-every 2 --no-merge --report-to none",
     "STEPS": "--steps 1 --batch 1 --accumulate 1 --eval-every 1 --report-to none",
@@ -40,6 +42,7 @@ def home(tmp_path_factory, base) -> Iterator[Path]:
     (home / "base").symlink_to(base)
     small = ["phantoms", "--images", "40", "--size", "96x72", "--abnormal-rate", "0.4", "--ratios", "60/20/20"]
     prepare_dataset.main([*small, "--images-per-patient", "2", "--out", str(home / "data" / "small"), "--workers", "1"])
+    closed_set.write(home / "data" / "closed")
     gc.collect()
     gc.freeze()  # every training collects garbage twice: what all modules have made is no part of it
     yield home

@@ -25,6 +25,7 @@ from keys_and_ports import KEYS, free_port, no_keys  # noqa: F401 - a fixture
 from PIL import Image
 
 from sonovqa import files, served_check
+from sonovqa.choice import Head, Label
 from sonovqa.structured import TASKS
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -35,8 +36,7 @@ CLIENT = """
 import io, json, os, sys
 import openai
 from PIL import Image
-import attacks
-from sonovqa import chat
+from sonovqa import chat, choice, choosing
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import ImageRequest, LabelRequest
 
@@ -47,6 +47,9 @@ Image.new("RGB", (128, 96), (80, 80, 80)).save(stream, "PNG")
 prompts = tuple((f"Q{i}", f"Question {i}: what is seen?") for i in range(1, 9))
 replies = list(engine.answer([ImageRequest(str(i), stream.getvalue(), None, prompts) for i in range(3)], 6))
 closed = tuple((q, p, tuple(texts)) for q, p, texts in json.loads(sys.argv[2]))
+head = choice.from_json(json.loads(sys.argv[3]))
+chosen = choosing.ChoiceEndpoint(engine.base_url, engine.model, head=head, retries=0)
+(by_head,) = chosen.answer([ImageRequest("0", stream.getvalue(), None, (("Q7", "Is it normal?"),))], 1)
 weighed = list(engine.likelihoods([LabelRequest("0", stream.getvalue(), None, closed)]))
 client = openai.OpenAI(base_url=engine.base_url, api_key=os.environ.pop("VLLM_API_KEY"))
 asked = chat.openai_messages(stream.getvalue(), "Is it normal?")
@@ -64,6 +67,7 @@ except Exception as fault:
 told = {"models": [m.id for m in client.models.list().data], "replies": len(replies), "refused": refused, "url": fetched}
 told |= {"errors": sorted({r.error for r in replies if r.error})}
 told |= {"weighed": {r.question_id: r.error or r.log_likelihoods for r in weighed}}
+told |= {"chosen": [by_head.text, by_head.probabilities, by_head.error]}
 print(json.dumps(told))
 """
 #: Answers of which some begin alike, to be weighed by vLLM and by the local engine.
@@ -163,10 +167,13 @@ def test_it_is_ready_once_both_adapters_answer_as_their_own(served):
 
 
 def test_answers_likelihoods_keys_and_image_urls(served):
-    from sonovqa.engines import LabelRequest
+    from sonovqa.choosing import ChoiceEngine
+    from sonovqa.engines import ImageRequest, LabelRequest
     from sonovqa.generation import LocalEngine
 
-    done = run(served, sys.executable, "client.py", served.url, json.dumps(CLOSED))
+    model, processor = served.demo
+    head = head_of(processor.tokenizer)
+    done = run(served, sys.executable, "client.py", served.url, json.dumps(CLOSED), json.dumps(head.json()))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["models"] == ["tiny-fp32", "demo", "words"] and told["replies"] == 24
@@ -176,8 +183,17 @@ def test_answers_likelihoods_keys_and_image_urls(served):
     stream = io.BytesIO()
     Image.new("RGB", (128, 96), (80, 80, 80)).save(stream, "PNG")
     request = LabelRequest("0", stream.getvalue(), None, tuple((q, p, tuple(texts)) for q, p, texts in CLOSED))
-    here = {r.question_id: r.log_likelihoods for r in LocalEngine(*served.demo).likelihoods([request])}
+    here = {r.question_id: r.log_likelihoods for r in LocalEngine(model, processor).likelihoods([request])}
     assert {q: pytest.approx(found, abs=0.05) for q, found in here.items()} == told["weighed"]
+    asked = ImageRequest("0", stream.getvalue(), None, (("Q7", "Is it normal?"),))
+    (chosen,) = ChoiceEngine(model, processor, head).answer([asked], 1)
+    assert told["chosen"] == [chosen.text, pytest.approx(chosen.probabilities, abs=0.02), None], "by the labels' tokens alone"
+
+
+def head_of(tokenizer) -> Head:
+    """Q7's labels by a choice head, "abnormal" by the first of its tokens."""
+    tokens = [tokenizer(text, add_special_tokens=False)["input_ids"][0] for text in ("normal", "abnormal")]
+    return Head({"Q7": tuple(Label(name, name, token, name) for name, token in zip(("normal", "abnormal"), tokens, strict=True))})
 
 
 @pytest.mark.parametrize("block", EXAMPLES, ids=[f"{block.mark[9:]}-{block.language}" for block in EXAMPLES])

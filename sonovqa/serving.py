@@ -180,7 +180,7 @@ def answers_as_merged(plan: Plan, name: str) -> str:
         raise UserError(
             f"{name} answers otherwise than when it was merged; {found.told()}; {wanted}; see {plan.log}, or --no-check"
         )
-    return found.told()
+    return found.told() + (f" ({served_check.EXPECTED:.0%} and more are usual)" if found.share < served_check.EXPECTED else "")
 
 
 def reach_directly(url: str) -> None:

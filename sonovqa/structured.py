@@ -24,7 +24,7 @@ from sonovqa.cli import RESEARCH_NOTICE, UserError
 from sonovqa.questions import LIST, QUALITY, QUESTIONS, REPORT_ID, REPORT_PROMPTS, WEEKS, Question
 
 #: Every text, list and number below has an upper bound: a model that loses its thread ends, and is not cut in mid-JSON.
-WEEKS_PATTERN = r"^(\d{1,2}(\.\d)?(-\d{1,2}(\.\d)?|\+) weeks|not assessable)$"
+WEEKS_PATTERN = r"^(\d{1,2}(\.\d)?(-\d{1,2}(\.\d)?|\+)? weeks|not assessable)$"
 NUMBER = {"type": "number", "minimum": -100000, "maximum": 10000000}
 IMAGE, MODEL = "IMAGE", "MODEL"  # what a client puts into the body of `request`
 

@@ -57,14 +57,16 @@ def test_other_answers_stop_it_unless_nobody_asks(run, capsys):
 
 
 def test_a_few_other_answers_are_remarked_on(run, capsys):
-    with StandIn(lambda prompt, attempt: "normal" if prompt.startswith("What is the fetal") else f"answer to {prompt}") as server:
-        with pytest.raises(UserError, match="14 of 16"):
-            serving.make_ready(plan_of(server.url, run), check=True)
+    def other(prompt: str, attempt: int) -> str:
+        return "normal" if prompt.startswith("What is the fetal") else f"answer to {prompt}"
+
+    with StandIn(other) as server, pytest.raises(UserError, match="14 of 16"):
+        serving.make_ready(plan_of(server.url, run), check=True)
     answers = files.read_json(run / "merge.json")["answers"]
     files.write_json(
         run / "merge.json", {"answers": [one for one in answers if one["question_id"] != "Q2" or one["row"] == "train 0"]}
     )
-    with StandIn(lambda prompt, attempt: "normal" if prompt.startswith("What is the fetal") else f"answer to {prompt}") as server:
+    with StandIn(other) as server:
         serving.make_ready(plan_of(server.url, run), check=True)
     told = capsys.readouterr().out
     assert "14 of 15 answers" in told and "(97% and more are usual)" in told and "ready" in told

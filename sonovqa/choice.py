@@ -120,6 +120,11 @@ def of_training(split, tokenizer, task: str) -> Head:
             name = kind and confidence.label_of(entry, entry["answer"])
             if name and name != "unread":
                 said[kind][name][entry["answer"]] += 1
+    odd = {name for name in said.get(confidence.YES_NO, ()) if name not in confidence.canonical_answers(confidence.YES_NO)}
+    if odd:
+        count = sum(said[confidence.YES_NO].pop(name).total() for name in odd)
+        told = ", ".join(repr(name) for name in sorted(odd)[:3])
+        console.print(f"choice head: {count} yes-or-no questions are left out; their answers are neither: {told}", soft_wrap=True)
     alone = [kind for kind, labels in said.items() if len(labels) < 2]
     sets = {kind: _labels(kind, labels, tokenizer) for kind, labels in sorted(said.items()) if kind not in alone}
     if not sets:

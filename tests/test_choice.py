@@ -31,6 +31,7 @@ def split_of(*questions: tuple[str, str, str]) -> dict:
 
 def test_labels_are_those_of_the_training_split_by_their_first_tokens(tokenizer):
     split = split_of(("Q7", "abnormal: mass", ""), ("Q7", "normal", ""), ("7", "yes", "closed"), ("8", "no", "closed"),
+                     ("9", "Maybe", "closed"),
                      ("Q6", "good", ""), ("Q1", "femur", ""))  # fmt: skip
     head = choice.of_training(split, tokenizer, "all")
     names = {kind: [label.name for label in labels] for kind, labels in head.sets.items()}

@@ -14,11 +14,16 @@ _SEED = re.compile(r"-s\d+$")  # of a run's name: runs that differ in it alone s
 
 
 def configurations(found: Mapping[str, Mapping]) -> dict[str, dict[str, Mapping]]:
-    """Records by configuration, which is the run's name without its ``-s<seed>``, and there by file name."""
+    """Records by configuration, which is the run's name without its ``-s<seed>``, and there by file name; 25 before 100."""
     rows: dict[str, dict[str, Mapping]] = {}
     for name, record in found.items():
         rows.setdefault(_SEED.sub("", record["run"]), {})[name] = record
-    return rows
+    return {name: rows[name] for name in sorted(rows, key=_natural)}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts numbers in a name by size."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
 def figure_of(record: Mapping, spec: str) -> tuple[str, Mapping] | None:

@@ -38,7 +38,7 @@ def _model(row: Mapping) -> str:
 def shared(found: list[dict]) -> list[list[str]]:
     """Of each model the largest step and image that was measured both ways, then all that was measured end to end."""
     head = ["model, images, QA pairs a step", "", "QA pairs/s ↑", "memory ↓", "ratio ↑"]
-    lines, peers = [], [row for row in found if row["kind"] == "end to end"]
+    lines = []
     raw = {(row["model"], row["bits"], row["size"], row["pairs"], row["batching"]): row for row in found if row["kind"] == "raw"}
     both = [key[:4] for key in raw if key[4] == "shared" and (*key[:4], "separate") in raw]
     for model, bits in dict.fromkeys(key[:2] for key in sorted(both)):
@@ -47,10 +47,29 @@ def shared(found: list[dict]) -> list[list[str]]:
         where = f"{_model(one)}, {bits} bits, {largest[2]}, {largest[3]}"
         lines.append([where, "shared image", *_figures(one), f"**{one['pairs_per_second'] / other['pairs_per_second']:.1f}**"])
         lines.append(["", "a sequence a question", *_figures(other), ""])
-    lines += [
-        [f"{_model(r)}, {r['bits']} bits, {r['size']}, {r['pairs']}", f"end to end: {r['way']}", *_figures(r), ""] for r in peers
-    ]
-    return [head, *lines]
+    return [head, *lines, *_end_to_end([row for row in found if row["kind"] == "end to end" and "failed" not in row])]
+
+
+def _end_to_end(found: list[dict]) -> Iterator[list[str]]:
+    """train.py, and below it the peers' way in each of its settings, the fastest first, which is what it is compared with."""
+    for row in (one for one in found if one.get("batching") == "shared"):
+        alike = [other for other in found if _what(other) == _what(row) and "batching" not in other]
+        peers = sorted(alike, key=lambda other: -other["pairs_per_second"])
+        gain = f"**{row['pairs_per_second'] / peers[0]['pairs_per_second']:.1f}**" if peers else ""
+        where = f"{_model(row)}, {row['bits']} bits, {row['size']}, {row['pairs']}, data loading included"
+        yield [where, "train.py, shared image", *_figures(row), gain]
+        for peer in peers:
+            yield ["", f"{peer['way']}, {_dealt(peer['setting'])}", *_figures(peer), ""]
+
+
+def _what(row: Mapping) -> tuple:
+    return tuple(row[name] for name in ("model", "bits", "size", "pairs"))
+
+
+def _dealt(setting: str) -> str:
+    """A setting of the peers' way (`bench_peers.Setting`) in words."""
+    batch, how = setting.split()[:2]
+    return f"{batch} samples at a time, {'no ' if how == 'none' else ''}checkpointing"
 
 
 def _figures(row: Mapping) -> list[str]:

@@ -150,6 +150,18 @@ def test_an_unknown_family_trains_separate_rows_and_says_so(tokenizer, few, tmp_
     assert all(r["error"] is None for r in predictions.read(tmp_path / "out" / "predictions.jsonl"))
 
 
+def test_blip_2_trains_as_its_users_do_unless_told_otherwise(tokenizer, few, tmp_path, monkeypatch):
+    """8 bits, LoRA on the queries and values of its language model."""
+    write("blip-2", tokenizer, tmp_path / "base")
+    for flag in ("bits", "max-pixels"):
+        monkeypatch.delitem(running.FLAGS, flag)
+    record = running.run(tmp_path / "base", few, tmp_path, "run", "--no-merge", steps=2, eval_every=2, batch=16)
+    config = files.read_json(tmp_path / "run" / "adapter" / "adapter_config.json")
+    assert record["arguments"]["bits"] == 8 and (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)
+    assert {name.split(".")[-1] for name in config["target_modules"]} == {"q_proj", "v_proj"}
+    assert all(name.startswith("language_model.") for name in config["target_modules"])
+
+
 def test_a_text_only_model_is_one_line(tokenizer, few, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -187,7 +187,7 @@ class Encoder:
         """Tokens of each prefix from image sizes ``(width, height)`` alone: nothing is decoded or resized."""
         contexts = [chat.context_for(context, size) for context, size in zip(contexts, sizes, strict=True)]
         text = {context: len(self._ids(self.template.prefix(context))) for context in set(contexts)}
-        if self.family.pixel_budget:
+        if self.family.pixel_budget is not False:
             counted = self.processor._get_num_multimodal_tokens(image_sizes=[(height, width) for width, height in sizes])
             return [text[context] - 1 + n for context, n in zip(contexts, counted.num_image_tokens, strict=True)]
         return [text[context] + self._added_tokens for context in contexts]

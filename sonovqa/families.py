@@ -32,7 +32,8 @@ class Family:
         system_turn: whether the template takes a system turn beside an image; if not, the system text begins the question.
         encoder_decoder: image and question are read by an encoder, the answer is written by a decoder of its own.
         vision: parts of the names of vision modules.
-        pixel_budget: whether an image keeps its proportions within fewest and most pixels; else it gets one fixed size.
+        pixel_budget: whether an image keeps its proportions within fewest and most pixels, or each gets as many tokens; ``None``:
+            not known, the processor counts each image's.
         lora, bits: train.py's defaults.
         unsloth: whether Unsloth's ``FastVisionModel`` loads it; tried where there is CUDA.
         not_served: why vLLM does not serve it; empty: it does.
@@ -46,7 +47,7 @@ class Family:
     system_turn: bool = True
     encoder_decoder: bool = False
     vision: tuple[str, ...] = ("visual", "vision")
-    pixel_budget: bool = False
+    pixel_budget: bool | None = None
     lora: Lora = field(default_factory=Lora)
     bits: int = 4
     unsloth: bool = False
@@ -72,29 +73,31 @@ LAST_QUESTION = (
 )
 
 _QWEN = {"shares_prefix": True, "why_not": "", "vision": ("visual",), "pixel_budget": True, "unsloth": True}
+_FIXED = {"pixel_budget": False}
 _TOWER, _MODEL = ("vision_tower", "multi_modal_projector"), ("vision_model", "multi_modal_projector")
 #: By ``model_type`` of the configuration.
 FAMILIES = {
     "qwen2_vl": Family("Qwen2-VL", hub="Qwen/Qwen2-VL-7B-Instruct", **_QWEN),
     "qwen2_5_vl": Family("Qwen2.5-VL", hub="Qwen/Qwen2.5-VL-7B-Instruct", **_QWEN),
     "qwen3_vl": Family("Qwen3-VL", hub="Qwen/Qwen3-VL-8B-Instruct", **_QWEN),
-    "llava": Family("LLaVA-1.5", True, "", vision=_TOWER, unsloth=True, hub="llava-hf/llava-1.5-7b-hf"),
+    "llava": Family("LLaVA-1.5", True, "", vision=_TOWER, unsloth=True, hub="llava-hf/llava-1.5-7b-hf", **_FIXED),
     "mllama": Family(
         "Llama 3.2 Vision", why_not="its image stands in cross-attention, not in the sequence", system_turn=False,
         vision=_MODEL, unsloth=True, not_served="vLLM dropped it in 0.10.2", hub="meta-llama/Llama-3.2-11B-Vision-Instruct",
+        **_FIXED,
     ),
     "gemma3": Family(
         "Gemma 3 (MedGemma 4B)", why_not="its image tokens see each other both ways, in windows", vision=_TOWER,
-        unsloth=True, hub="google/medgemma-4b-it",
+        unsloth=True, hub="google/medgemma-4b-it", **_FIXED,
     ),
     "blip-2": Family(
         "BLIP-2 OPT", why_not="it takes no positions of one's own", template=QUESTION_ANSWER,
         vision=("vision_model", "qformer", "language_projection"),
-        lora=Lora(8, 16, 0.05, ("q_proj", "v_proj")), bits=8, hub="Salesforce/blip2-opt-2.7b",
+        lora=Lora(8, 16, 0.05, ("q_proj", "v_proj")), bits=8, hub="Salesforce/blip2-opt-2.7b", **_FIXED,
     ),
     "florence2": Family(
         "Florence-2", why_not="its encoder reads image and question both ways", template=LAST_QUESTION, encoder_decoder=True,
-        vision=_TOWER, not_served="vLLM has it in a plugin only", hub="florence-community/Florence-2-base",
+        vision=_TOWER, not_served="vLLM has it in a plugin only", hub="florence-community/Florence-2-base", **_FIXED,
     ),
 }  # fmt: skip
 

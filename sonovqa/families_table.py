@@ -24,7 +24,7 @@ def rows() -> list[list[str]]:
 
 def _row(kind: str, family: Family) -> list[str]:
     lora = family.lora
-    shared = f"`tests/test_shared_prefix.py::*[{kind}-*]`" if kind in TESTED else "not run"
+    shared = f"in one sequence, `tests/test_shared_prefix.py -k {kind}`" if kind in TESTED else "not run"
     return [
         family.name,
         f"`{kind}`, {family.hub}",
@@ -33,22 +33,24 @@ def _row(kind: str, family: Family) -> list[str]:
         f"{', '.join(lora.targets) or 'all linear layers'}; r={lora.rank} alpha={lora.alpha} dropout {lora.dropout:g}; "
         f"{family.bits} bits",
         shared if family.shares_prefix else f"no: {family.why_not}",
-        f"tiny random weights, `{_FILE}::*[{kind}*]`" if kind in TESTED else "not run",
+        _trained(kind),
         _unsloth(kind, family),
-        (family.not_served and f"no: {family.not_served}") or _served(kind),
+        f"no: {family.not_served}" if family.not_served else _served(kind),
     ]
 
 
 def _prompt(family: Family) -> str:
-    own = (
-        "its chat template"
-        if family.template is None
-        else "`Question: … Answer:`"
-        if "Answer:" in family.template
-        else "question"
-    )
+    own = "its chat template"
+    if family.template is not None:
+        own = "`Question: … Answer:`" if "Answer:" in family.template else "the question alone"
     decoder = "; encoder-decoder" if family.encoder_decoder else ""
     return own + ("" if family.system_turn else ", system text in the question") + decoder
+
+
+def _trained(kind: str) -> str:
+    if kind not in TESTED:
+        return "not run"
+    return f"tiny random weights, `{_FILE}::test_overfits[{kind}]`, `…::test_same_answers[{kind}-merged]`"
 
 
 def _unsloth(kind: str, family: Family) -> str:

@@ -44,12 +44,17 @@ def png(seed: int = 1) -> bytes:
 def alone(model, processor, image, prompt: str, answer: str) -> float:
     """The likelihood of one answer by itself: an ordinary forward pass over the whole conversation."""
     encoder = Encoder(processor, model)
-    text = encoder.template.prefix(None) + encoder.template.branch(prompt)
-    asked = processor(text=[text], images=[image], return_tensors="pt")
-    told = torch.tensor([encoder._ids(answer + encoder.template.end_of_turn)])
-    inputs = dict(asked) | {"input_ids": torch.cat([asked["input_ids"], told], 1)}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = torch.cat([asked["mm_token_type_ids"], torch.zeros_like(told)], 1)
+    inputs = dict(encoder.inputs([encoder.template.prefix(None) + encoder.template.branch(prompt)], [image]))
+    told = torch.tensor([encoder.branch(prompt, answer).ids[encoder.branch(prompt).asked :]])
+    if encoder.starts:
+        inputs["decoder_input_ids"] = torch.cat([torch.tensor([encoder.starts]), told], 1)
+    else:
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], told], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        for key in {"mm_token_type_ids", "token_type_ids"} & set(inputs):
+            inputs[key] = torch.cat([inputs[key], torch.zeros_like(told)], 1)
+        for key in {"cross_attention_mask"} & set(inputs):
+            inputs[key] = torch.cat([inputs[key], inputs[key][:, -1:].expand(-1, told.shape[1], -1, -1)], 1)
     with torch.inference_mode():
         logits = model(**inputs).logits[0, -told.shape[1] - 1 : -1].log_softmax(-1)
     return float(logits.gather(1, told[0][:, None]).sum())

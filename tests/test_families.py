@@ -18,7 +18,8 @@ from tiny_families import FAMILIES, write
 
 import evaluate
 import train
-from sonovqa import dataset, families, families_table, files, finishing, merging, predictions
+from sonovqa import dataset, families, families_table, files, finishing, merging, models, predictions
+from sonovqa.cli import UserError
 from sonovqa.engines import ImageRequest
 from sonovqa.generation import LocalEngine
 from sonovqa.questions import QUESTIONS
@@ -135,6 +136,45 @@ def test_the_table_says_of_every_family_what_was_run():
 def test_a_family_that_is_not_tested_says_so(monkeypatch):
     monkeypatch.setattr(families_table, "TESTED", ())
     assert all(line[6] == "not run" and "tests/" not in line[5] + line[8] for line in families_table.rows()[1:])
+
+
+def test_an_unknown_family_trains_separate_rows_and_says_so(tokenizer, few, tmp_path, monkeypatch, capsys):
+    """Nothing is assumed of it: its processor counts the image's tokens, it makes its own positions, it is asked one by one."""
+    write("qwen2_vl", tokenizer, tmp_path / "base")
+    monkeypatch.setattr(families, "FAMILIES", {"qwen3_vl": families.FAMILIES["qwen3_vl"]})
+    running.run(tmp_path / "base", few, tmp_path, "run", "--no-merge", steps=1, eval_every=1, batch=16)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "one question a sequence: qwen2_vl cannot share an image among its questions (no test has shown" in said
+    evaluate.main([str(tmp_path / "run"), "--adapter", "--data", str(few), "--no-blind", "--max-new-tokens", "4",
+                   "--out", str(tmp_path / "out"), "--resamples", "0"])  # fmt: skip
+    assert all(r["error"] is None for r in predictions.read(tmp_path / "out" / "predictions.jsonl"))
+
+
+def test_blip_2_trains_as_its_users_do_unless_told_otherwise(tokenizer, few, tmp_path, monkeypatch):
+    """8 bits, LoRA on the queries and values of its language model."""
+    write("blip-2", tokenizer, tmp_path / "base")
+    for flag in ("bits", "max-pixels"):
+        monkeypatch.delitem(running.FLAGS, flag)
+    record = running.run(tmp_path / "base", few, tmp_path, "run", "--no-merge", steps=2, eval_every=2, batch=16)
+    config = files.read_json(tmp_path / "run" / "adapter" / "adapter_config.json")
+    assert record["arguments"]["bits"] == 8 and (config["r"], config["lora_alpha"], config["lora_dropout"]) == (8, 16, 0.05)
+    assert {name.split(".")[-1] for name in config["target_modules"]} == {"q_proj", "v_proj"}
+    assert all(name.startswith("language_model.") for name in config["target_modules"])
+
+
+def test_a_text_only_model_is_one_line(tokenizer, few, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                         num_attention_heads=1)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="lacks processor files") as caught:
+        running.run(tmp_path / "base", few, tmp_path, "run")
+    files.write_json(tmp_path / "base" / "processor_config.json", {})
+    with pytest.raises(UserError, match="cannot load --model") as other:
+        models.load_for_inference(str(tmp_path / "base"))
+    assert "\n" not in str(caught.value) + str(other.value)
 
 
 def test_overfits(trained):

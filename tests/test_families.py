@@ -169,7 +169,7 @@ def test_a_text_only_model_is_one_line(tokenizer, few, tmp_path):
                          num_attention_heads=1)  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match="lacks processor files") as caught:
+    with pytest.raises(UserError, match="takes none; name a vision-language model") as caught:
         running.run(tmp_path / "base", few, tmp_path, "run")
     files.write_json(tmp_path / "base" / "processor_config.json", {})
     with pytest.raises(UserError, match="cannot load --model") as other:

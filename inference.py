@@ -63,7 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     many.add_argument("--out", type=Path, metavar="FILE.xlsx", help="the sheet; the same command goes on where it stopped")
     args = parser.parse_args(argv)
     check(args)
-    args.prompts = conversation.prompts_line(args.prompts, args.run, "all" if args.folder else args.question)
+    args.prompts = conversation.prompts_line(args.prompts, args.run or args.head, "all" if args.folder else args.question)
     return args
 
 
@@ -78,9 +78,9 @@ def check(args: argparse.Namespace) -> None:
         f"--bits {args.bits}; an endpoint has its own; only with --run; leave it out": args.bits != 16 and args.endpoint,
         "--json; there is no question; one with --question": args.json and not asked,
         "--question; there is no image; one with --image FILE or --data DIR": asked
-        and not (args.image or args.data or conversation.is_of_texts(run)),
+        and not (args.image or args.data or conversation.is_of_texts(run or args.head)),
         f"--head {args.head}; it is for --endpoint; a local run knows its own; leave it out": args.head and not args.endpoint,
-        conversation.problem_of_folder(run): args.folder,
+        conversation.problem_of_folder(run or args.head): args.folder,
         conversation.problem_of_question(args.question or ""): asked,
         "--folder and --out; only one of them; name both: --folder DIR --out FILE.xlsx": bool(args.folder) != bool(args.out),
         "--folder asks Q1 … Q8; leave out --image, --data and --question": args.folder and (args.image or args.data or asked),
@@ -121,7 +121,7 @@ def fill_sheet(args: argparse.Namespace) -> None:
 
 def first_picture(args: argparse.Namespace) -> Picture | None:
     """The image of the command line, checked before a model is loaded."""
-    if conversation.is_of_texts(args.run):
+    if conversation.is_of_texts(args.run or args.head):
         return conversation.NO_PICTURE
     if args.data:
         return conversation.picture_of_set(args.data, args.image, context=args.context)

@@ -158,7 +158,12 @@ def check(args: argparse.Namespace) -> None:
     prompt_variants.check(args.prompts, args.task)
     hub.check_asked(args)
     tiny = args.model.partition("-")[0] == "tiny"
-    families.fill_in(args, families.of_model(args.model if tiny else models.locate(args.model)), tiny)
+    family = families.of_model(args.model if tiny else models.locate(args.model))
+    if args.head == choice.CHOICE and family.encoder_decoder:
+        raise UserError(
+            f"--head choice; {family.name} answers with a decoder of its own; leave --head out or name another --model"
+        )
+    families.fill_in(args, family, tiny)
 
 
 def name_run(args: argparse.Namespace) -> Path:
@@ -202,11 +207,9 @@ def read_data(args: argparse.Namespace, loaded, model):
 
     splits, chooses = dataset.load_undecoded(args.data), args.head == choice.CHOICE
     text_only.check(splits, loaded.processor, chooses, args.model)
+    if args.augmentation != "none" and text_only.has_no_images(splits["train"]):
+        raise UserError(f"--augmentation {args.augmentation}; texts have no picture to change; leave it out")
     family = families.of(model.config)
-    if chooses and family.encoder_decoder:
-        raise UserError(
-            f"--head choice; {family.name} answers with a decoder of its own; leave --head out, or take another --model"
-        )
     if args.batching == "shared" and not family.shares_prefix:
         args.batching = "separate"
         if not text_only.has_no_images(splits["train"]):

@@ -49,7 +49,7 @@ def run_of(args: argparse.Namespace) -> dict | None:
         UserError: if ``--head`` names none.
     """
     if not args.head:
-        return records.read_run(Path(args.run)) if args.run else None
+        return records.run_behind(args.run)
     run = records.read_run(args.head)
     if choice.of_run(run) is None:
         raise UserError(f"--head {args.head}; it is no finished choice run; one of train.py --head choice; leave --head out")
@@ -79,8 +79,7 @@ def engine_of(run: str | Path, model, processor, batch_images: int = 8, share: b
     Raises:
         UserError: if a text-only model is to generate answers.
     """
-    home = Path(run)
-    head = choice.of_run(records.read_run(home.parent if home.name == "merged" else home))
+    head = choice.of_run(records.run_behind(run))
     if head:
         from sonovqa.choosing import ChoiceEngine
 

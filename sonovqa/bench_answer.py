@@ -35,6 +35,7 @@ from sonovqa import (
     bench_scores,
     bench_timing,
     bench_worker,
+    choice,
     cli,
     files,
     predictions,
@@ -159,6 +160,8 @@ def check(args: argparse.Namespace) -> None:
         problems.append("nobody to answer; name --model or --run, or --engines vllm with --endpoint URL")
     problems += [f"--run; {run} is no run of train.py; it has no run.json; name outputs/<run>, or a folder of weights as --model"
                  for run in args.run if not (run / "run.json").exists()]  # fmt: skip
+    problems += [f"--run {run}; it answers by a choice head; generated answers are measured here; evaluate.py asks it rightly"
+                 for run in args.run if choice.of_run(records.read_run(run))]  # fmt: skip
     if args.scores is not None and (args.data is None or args.scores < 0):
         problems.append(
             f"--scores {args.scores} with --data {args.data}; images of a data set are scored, 0 or more: name --data"

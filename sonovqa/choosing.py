@@ -21,8 +21,10 @@ from sonovqa import chat, choice, confidence, prompt_variants, records
 from sonovqa.choice import Head
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Asked, Endpoint, IncompleteError, questions_of
-from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply
+from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply, one_by_one
 
+#: A server renders texts as `text_only.TextTemplate` did in training: Qwen3's template else opens a block for thinking.
+AS_TRAINED = {"chat_template_kwargs": {"enable_thinking": False}}
 NEVER = -1e9  # log-likelihood of a wording that a choice cannot give; its probability is 0
 
 
@@ -46,7 +48,7 @@ class ChoiceEngine:
 
     def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
         """The likeliest label of every question, image by image; no token is generated, so ``max_new_tokens`` plays no part."""
-        requests = iter(requests) if self.share else _one_by_one(requests)
+        requests = iter(requests) if self.share else one_by_one(requests)
         while batch := list(itertools.islice(requests, self.batch_images)):
             started = time.perf_counter()
             told = self._probabilities(batch)
@@ -90,6 +92,7 @@ class ChoiceEngine:
         import torch
 
         from sonovqa import losses
+        from sonovqa.generation import on_device
 
         if not images:
             return []
@@ -102,8 +105,7 @@ class ChoiceEngine:
         ]
         batch = self.encoder.batch(prefixes, branches, vision)
         with torch.inference_mode():
-            on_device = {key: value.to(self.model.device) for key, value in batch.items()}
-            return losses.answer_logits(self.model, on_device)[0].float().cpu().tolist()
+            return losses.answer_logits(self.model, on_device(batch, self.model))[0].float().cpu().tolist()
 
 
 class ChoiceEndpoint(Endpoint):
@@ -145,6 +147,8 @@ class ChoiceEndpoint(Endpoint):
         started = time.perf_counter()
         tokens = [label.token for label in self.head.sets[kind]]
         extra = {"allowed_token_ids": tokens, "logprob_token_ids": tokens, "return_tokens_as_token_ids": True}
+        if kind == confidence.TEXT:
+            extra |= AS_TRAINED
         request = self._request(one.messages, 1) | {"logprobs": True, "extra_body": extra}
         told, error = await self._tried(client, request, functools.partial(_read, tokens=tokens))
         waited = time.perf_counter() - started
@@ -176,11 +180,12 @@ def _read(completion, tokens: list[int]) -> list[float]:
 
 def serving_note(run: Path) -> str:
     """How a served run wants to be asked if it answers by a choice head; "" of any other."""
-    head = choice.of_run(records.read_run(run.parent if run.name == "merged" else run))
+    head = choice.of_run(records.run_behind(run))
     if head is None:
         return ""
     spelt = {label.spelt: label.token for labels in head.sets.values() for label in labels}
     extra = {"max_tokens": 1, "temperature": 0, "allowed_token_ids": list(head.tokens)}
+    extra |= AS_TRAINED if confidence.TEXT in head.sets else {}
     return (
         f"{run} answers by a {head.describe()}: asked freely it says anything. evaluate.py and inference.py ask it "
         f"rightly with --head {run}; of other clients each request needs {json.dumps(extra)}, of these tokens the ones of the "
@@ -227,7 +232,3 @@ def _by_wording(reply: Reply, texts: tuple[str, ...]) -> tuple[tuple[float, ...]
         chance = left.pop(confidence.label_of({"question_id": reply.question_id}, text), 0.0)
         found.append(math.log(chance) if chance > 0 else NEVER)
     return tuple(found), None
-
-
-def _one_by_one(requests: Iterable[ImageRequest]) -> Iterator[ImageRequest]:
-    return (ImageRequest(r.image_id, r.image, r.context, (prompt,)) for r in requests for prompt in r.prompts)

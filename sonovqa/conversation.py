@@ -55,6 +55,7 @@ class LocalAnswerer:
             name, added = weights.model, weights.adapter
         self.name, self._run, self._head = run, run, head_of(run)
         self.model, self.processor = models.load_for_inference(name, bits, added)
+        answering.engine_of(run, self.model, self.processor)  # a text-only model without a head has no answers
         self.probabilities: Mapping[str, float] | None = None  # of the labels of the last answer, by a choice head
 
     def engine(self):
@@ -152,17 +153,16 @@ class Conversation:
 
 def head_of(run: str | Path | None) -> choice.Head | None:
     """The choice head of a run or its ``merged/``; ``None`` of a run that generates its answers and of what is no run."""
-    home = Path(run or "")
-    return choice.of_run(records.read_run(home.parent if home.name == "merged" else home)) if run else None
+    return choice.of_run(records.run_behind(run))
 
 
-def is_of_texts(run: str | None) -> bool:
+def is_of_texts(run: str | Path | None) -> bool:
     """Whether a run was trained on texts: it is asked about no image."""
     head = head_of(run)
     return head is not None and TEXT_LABEL in head.sets
 
 
-def problem_of_folder(run: str | None) -> str:
+def problem_of_folder(run: str | Path | None) -> str:
     """Why a run cannot fill a sheet of all eight questions, or ""."""
     head = head_of(run)
     return (
@@ -249,9 +249,7 @@ def prompts_line(line: str | None, run: str | None, question: str | None = None)
     from sonovqa import provenance
 
     if line is None:
-        home = Path(run or "")
-        record = records.read_run(home.parent if home.name == "merged" else home) if run else None
-        line, question = provenance.own_prompts(record), None
+        line, question = provenance.own_prompts(records.run_behind(run)), None
     names = prompt_variants.variants(line)
     task = "all" if (question or "").strip().lower() == "all" else question_id_of(question or "")
     asked = prompt_variants.asked(task) if task else tuple(names)

@@ -8,7 +8,7 @@ import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from sonovqa.cli import UserError
@@ -189,6 +189,18 @@ def load_undecoded(path: Path):
     import datasets
 
     return load(path).cast_column("image", datasets.Image(decode=False))
+
+
+def trained_on(arguments: Mapping):
+    """The splits of a run, images not decoded, with its training rows numbered as train.py numbered them.
+
+    Args:
+        arguments: of its run.json or plan.json.
+    """
+    splits = load_undecoded(Path(arguments["data"]))
+    if arguments.get("max_images"):
+        splits["train"] = subset(splits["train"], arguments["max_images"], arguments["seed"])
+    return splits
 
 
 def subset(split, count: int, seed: int):

@@ -96,5 +96,10 @@ class Weigher(Protocol):
         ...
 
 
+def one_by_one(requests: Iterable[ImageRequest]) -> Iterator[ImageRequest]:
+    """The same requests, each prompt with an image of its own: for who shares no image among its questions."""
+    return (ImageRequest(r.image_id, r.image, r.context, (prompt,)) for r in requests for prompt in r.prompts)
+
+
 class EngineError(Exception):
     """An engine could not answer a conversation's question; the message is one line, fit to be shown."""

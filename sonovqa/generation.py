@@ -16,8 +16,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from sonovqa import chat, losses
-from sonovqa.batching import Branch, Encoder, Prefix
-from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply
+from sonovqa.batching import Encoder
+from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply, one_by_one
+from sonovqa.layout import Branch, Prefix
 
 
 class LocalEngine:
@@ -39,7 +40,7 @@ class LocalEngine:
 
     def answer(self, requests: Iterable[ImageRequest], max_new_tokens: int) -> Iterator[Reply]:
         """Greedy answers, image by image in the order asked; an image that cannot be decoded gives failed replies."""
-        requests = iter(requests) if self.share else _one_by_one(requests)
+        requests = iter(requests) if self.share else one_by_one(requests)
         while batch := list(itertools.islice(requests, self.batch_images)):
             yield from self._answer_batch(batch, max_new_tokens)
 
@@ -71,7 +72,7 @@ class LocalEngine:
 
     def likelihoods(self, requests: Iterable[LabelRequest]) -> Iterator[LabelReply]:
         """Log-likelihoods of all wordings of all questions of an image, its end of turn included, in one pass an image:
-        every wording is a branch of the image's prefix, as in training (`batching.assemble`)."""
+        every wording is a branch of the image's prefix, as in training (`layout.assemble`)."""
         for request in requests:
             try:
                 image = chat.open_image(request.image)
@@ -85,10 +86,6 @@ class LocalEngine:
             told = (p for some in parts for p in branch_likelihoods(self.model, self.encoder, image, request.context, some))
             for question_id, _, texts in request.prompts:
                 yield LabelReply(request.image_id, question_id, tuple(next(told) for _ in texts))
-
-
-def _one_by_one(requests: Iterable[ImageRequest]) -> Iterator[ImageRequest]:
-    return (ImageRequest(r.image_id, r.image, r.context, (prompt,)) for r in requests for prompt in r.prompts)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from sonovqa.batching import IGNORED, attention_mask
+from sonovqa.layout import IGNORED, attention_mask
 
 _NOT_FOR_MODEL = ("labels", "weights", "segments", "kinds", "label_rows", "label_sets")
 

@@ -20,7 +20,7 @@ BITS = (16, 8, 4)
 #: section 3); 8 bits have one scale a row (LLM.int8(), arXiv:2208.07339), which is nothing beside it.
 QUANTISED = {4: 4.127 / 8, 8: 1.0}
 #: Parts of names of what is left in 16 bits (`models.load_for_training`): embeddings, head, vision.
-NOT_QUANTISED = ("embed_tokens", "lm_head", "visual", "vision_tower", "vision_model", "multi_modal_projector")
+NOT_QUANTISED = ("embed_tokens", "lm_head", "embed_out", "visual", "vision_tower", "vision_model", "multi_modal_projector")
 BYTES = ("U8", "I8")  # types of weights that are stored quantised already
 CUDA_CONTEXT = 500e6  # bytes that CUDA's context and kernels take before any tensor
 #: Parts of names of tables of two dimensions that are no linear layer's.
@@ -102,7 +102,8 @@ def activation_bytes(config: dict, how: Training, element: int) -> float:
     """
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
     hidden, layers = text.get("hidden_size", 0), text.get("num_hidden_layers", 0)
-    side = vision.get("patch_size", 14) * vision.get("spatial_merge_size", 2)
+    side = vision.get("patch_size", 14)
+    side = (side[0] if isinstance(side, list) else side) * vision.get("spatial_merge_size", 2)
     tokens = how.images * ((how.pixels / side**2 if how.pixels else 0) + QUESTION_TOKENS)
     layer = tokens * hidden * 17 * element
     return tokens * hidden * layers * element + layer if how.checkpointing else layer * layers

@@ -110,9 +110,7 @@ def check_rows(run: dict, processor, model) -> list[dict]:
     from sonovqa.batching import Collator, encoder_for
 
     arguments = run["arguments"]
-    splits = dataset.load_undecoded(Path(arguments["data"]))
-    if arguments["max_images"]:  # rows are numbered within what was trained on
-        splits["train"] = dataset.subset(splits["train"], arguments["max_images"], arguments["seed"])
+    splits = dataset.trained_on(arguments)
     encoder = encoder_for(processor, model, choice.of_run(run))
     collate = Collator(splits, encoder, arguments["task"], run["prompt_variant"])
     return [collate([item]) for item in run["check_items"]]
@@ -140,11 +138,14 @@ def answer_logits(model, batches: list[dict]):
 
 def greedy_answers(run: dict, processor, model) -> list[dict]:
     """What base and adapter answer to the run's check rows: `served_check` asks a server the same."""
-    from sonovqa import served_check
+    from sonovqa import choice, served_check
+    from sonovqa.choosing import ChoiceEngine
     from sonovqa.generation import LocalEngine
 
+    head = choice.of_run(run)
     # One image at a time: the cache of all its questions is then no more than the check itself had in memory.
-    return served_check.answers_of(LocalEngine(model, processor, batch_images=1), served_check.check_requests(run))
+    engine = ChoiceEngine(model, processor, head, batch_images=1) if head else LocalEngine(model, processor, batch_images=1)
+    return served_check.answers_of(engine, served_check.check_requests(run))
 
 
 def merge(folder: Path, gpu_memory: int | None = None) -> dict:

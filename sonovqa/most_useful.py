@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sonovqa import asking, calibration, chat, confidence, files, images, predictions
+from sonovqa import asking, calibration, chat, confidence, files, images, predictions, text_only
 from sonovqa.cli import UserError
 from sonovqa.engines import LabelRequest
 from sonovqa.folder_sheet import Found, find_images
@@ -34,6 +34,8 @@ def unannotated(folder: Path, splits: Mapping) -> list[Found]:
     Raises:
         UserError: if there is no such image.
     """
+    if any(text_only.has_no_images(split) for split in splits.values()):
+        raise UserError("--most-useful is of images; --data holds texts; leave it out")
     names = {image_id for split in splits.values() for image_id in split["image_id"]}
     known = {hashlib.sha256(asking.image_bytes(split, row)).digest() for split in splits.values() for row in range(len(split))}
     found = [image for image in find_images(folder) if image.image_id not in names]

@@ -239,6 +239,14 @@ def read_run(folder: Path) -> dict | None:
     return files.read_json(path) if path.exists() else None
 
 
+def run_behind(path: str | Path | None) -> dict | None:
+    """The record of the run that a folder is, or whose ``merged/`` it is; ``None`` of anything else."""
+    if not path:
+        return None
+    home = Path(path)
+    return read_run(home.parent if home.name == "merged" else home)
+
+
 def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

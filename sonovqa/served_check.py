@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import asking, chat, dataset, files
+from sonovqa import asking, chat, choice, dataset, files
+from sonovqa.choosing import ChoiceEndpoint
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import Engine, ImageRequest
@@ -59,10 +60,11 @@ def check_requests(run: dict) -> list[ImageRequest]:
         UserError: if its data set is not there.
     """
     arguments = run["arguments"]
-    splits = dataset.load_undecoded(Path(arguments["data"]))
+    splits, head = dataset.trained_on(arguments), choice.of_run(run)
     prompts: dict[tuple[str, int], dict[str, str]] = {}
     for item in run["check_items"]:
-        tasks = chat.tasks_of(splits[item["split"]][item["row"]], arguments["task"], run["prompt_variant"])
+        stored, how = splits[item["split"]][item["row"]], (arguments["task"], run["prompt_variant"])
+        tasks = choice.tasks_of(stored, *how, head) if head else chat.tasks_of(stored, *how)
         asked = prompts.setdefault((item["split"], item["row"]), {})
         asked.update((tasks[k]["question_id"], tasks[k]["prompt"]) for k in item["branches"])
     made = []
@@ -122,7 +124,9 @@ def check(url: str, name: str, run: Path) -> Agreement | str:
         requests = check_requests(trained)
     except (UserError, OSError) as fault:
         return f"its check rows cannot be asked; {fault}"
-    return compare(expected, answers_of(Endpoint(url, name, retries=2), requests))
+    head = choice.of_run(trained)
+    engine = ChoiceEndpoint(url, name, head=head, retries=2) if head else Endpoint(url, name, retries=2)
+    return compare(expected, answers_of(engine, requests))
 
 
 def warm_up(url: str, name: str) -> float:

@@ -33,7 +33,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sonovqa import choosing, cli, served_check, serving_adapters, serving_examples, serving_plan
+from sonovqa import choosing, cli, served_check, serving_adapters, serving_examples, serving_plan, text_only
 from sonovqa.cli import UserError, console
 from sonovqa.serving_plan import Plan
 
@@ -157,8 +157,11 @@ def make_ready(plan: Plan, check: bool) -> None:
         raise UserError(f"vLLM ignores {len(layers)} layers of {name}; {', '.join(layers[:3])} …; {serving_adapters.MERGED}")
     reach_directly(plan.url)
     for name in plan.names:
-        with console.status(f"first request to {name}"):
-            told = f"{name}: first answers after {served_check.warm_up(plan.url, name):.1f} s"
+        if text_only.takes_no_images(plan.weights.model):
+            told = f"{name}: takes texts, no images"
+        else:
+            with console.status(f"first request to {name}"):
+                told = f"{name}: first answers after {served_check.warm_up(plan.url, name):.1f} s"
         if check and name in plan.weights.runs:
             with console.status(f"asking {name} the rows of its merge check"):
                 told += "; " + answers_as_merged(plan, name)

@@ -125,7 +125,8 @@ def check(splits, processor, chooses: bool, model: str) -> None:
 
 def encoder(processor, head):
     """The `batching.Encoder` of texts: one text a row, plain positions, which the model makes itself."""
-    from sonovqa.batching import Encoder, Prefix
+    from sonovqa.batching import Encoder
+    from sonovqa.layout import Prefix
 
     class TextEncoder(Encoder):
         def prefixes(self, images: Sequence, contexts: Sequence[str | None]) -> tuple[list[Prefix], dict]:

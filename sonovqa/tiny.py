@@ -243,7 +243,8 @@ def _train(model, processor, recipe: Recipe, specs, images, answers) -> float:
     import torch
 
     from sonovqa import losses
-    from sonovqa.batching import Encoder, assemble
+    from sonovqa.batching import Encoder
+    from sonovqa.layout import assemble
 
     encoder, rng = Encoder(processor, model), np.random.default_rng(recipe.seed + 1)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -10,7 +10,7 @@ from conftest import noise_image
 from PIL import Image
 from tiny_families import FAMILIES
 
-from sonovqa import batching, chat, dataset, export, models
+from sonovqa import batching, chat, dataset, export, layout, models
 from sonovqa.questions import QUESTIONS, report_text
 
 
@@ -37,7 +37,7 @@ def whole_sample(processor, line: dict, folder) -> tuple[list[int], list[int]]:
     asked = processor.apply_chat_template(turns[:-1], add_generation_prompt=True, **options)["input_ids"][0]
     assert full[: len(asked)] == asked
     end = len(full) - full[::-1].index(processor.tokenizer.eos_token_id)
-    return full[:end], [batching.IGNORED] * len(asked) + full[len(asked) : end]
+    return full[:end], [layout.IGNORED] * len(asked) + full[len(asked) : end]
 
 
 @pytest.mark.parametrize("task", ["all", "report", "Q2"])
@@ -67,10 +67,10 @@ def test_loss_falls_on_answer_and_end_of_turn_only(base, data):
     batch = batching.Collator(dataset.load_undecoded(data), batching.Encoder(processor))(
         [{"split": "train", "row": 0, "branches": [1, 6], "weights": [1.0, 1.0]}]
     )
-    told = batch["labels"][0][batch["labels"][0] != batching.IGNORED]
+    told = batch["labels"][0][batch["labels"][0] != layout.IGNORED]
     row = dataset.load(data)["train"].remove_columns("image")[0]["questions"]
     assert processor.tokenizer.decode(told) == f"{row[1]['answer']}<|im_end|>{row[6]['answer']}<|im_end|>"
-    assert torch.equal(batch["weights"] > 0, batch["labels"] != batching.IGNORED)
+    assert torch.equal(batch["weights"] > 0, batch["labels"] != layout.IGNORED)
 
 
 def test_report_has_eight_titled_sections_in_order():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import noise_image
 
-from sonovqa import batching, dataset, families, losses, models, planning, training, weighting
+from sonovqa import batching, dataset, families, layout, losses, models, planning, training, weighting
 from sonovqa.cli import UserError
 from sonovqa.weighting import Sample, Weighting
 
@@ -56,7 +56,7 @@ def test_planned_lengths_are_those_of_the_batches(small, splits):
     plan = planned(splits, encoder)
     batch = batching.Collator(splits, encoder)(plan.items)
     assert [item["tokens"] for item in plan.items] == (batch["segments"] >= 0).sum(dim=1).tolist()
-    assert plan.answer_tokens == int((batch["labels"] != batching.IGNORED).sum())
+    assert plan.answer_tokens == int((batch["labels"] != layout.IGNORED).sum())
 
 
 def test_a_question_longer_than_the_limit_is_an_error(small, splits):
@@ -69,8 +69,8 @@ def test_thirty_questions_an_image(small):
     model, encoder = small
     prefixes, vision = encoder.prefixes([noise_image(96, 64, 1)], [None])
     branches = [encoder.branch(f"Question {k}?", "normal " * (k % 4 + 1)) for k in range(30)]
-    shared = batching.assemble(prefixes, [branches], 0) | vision
-    apart = batching.assemble(prefixes * 30, [[branch] for branch in branches], 0)
+    shared = layout.assemble(prefixes, [branches], 0) | vision
+    apart = layout.assemble(prefixes * 30, [[branch] for branch in branches], 0)
     apart |= {key: value.repeat(30, 1) for key, value in vision.items()}
     made = []
     for batch in (shared, apart):
@@ -188,7 +188,7 @@ def test_answers_of_tokens_are_numbered_across_rows(small, splits):
     batch = batching.Collator(splits, encoder)(planned(splits, encoder).items)
     answers = losses.answer_of_token(batch)
     assert answers.unique().tolist() == list(range(planned(splits, encoder).questions))
-    assert len(answers) == int((batch["labels"] != batching.IGNORED).sum()) and (answers.diff() >= 0).all()
+    assert len(answers) == int((batch["labels"] != layout.IGNORED).sum()) and (answers.diff() >= 0).all()
 
 
 def test_only_proven_families_share():

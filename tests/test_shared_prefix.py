@@ -7,7 +7,7 @@ import torch
 from conftest import noise_image
 from tiny_families import SHARING
 
-from sonovqa import batching, losses, models
+from sonovqa import batching, layout, losses, models
 
 QUESTIONS = {  # rows of 1, 3 and 8 questions; one branch far longer than the rest
     0: [("Identify the imaging plane shown.", "cephalic, axial, occiput left")],
@@ -47,7 +47,7 @@ def batch_of(encoder, rows, split: bool, weight=lambda row, k: 1.0):
     )
     prefixes, vision = encoder.prefixes([noise_image(*SIZES[r], seed=r) for r, _ in layout], [CONTEXT[r] for r, _ in layout])
     branches = [[encoder.branch(*QUESTIONS[r][k], weight=weight(r, k)) for k in ks] for r, ks in layout]
-    return batching.assemble(prefixes, branches, encoder.tokenizer.pad_token_id) | vision
+    return layout.assemble(prefixes, branches, encoder.tokenizer.pad_token_id) | vision
 
 
 def loss_and_gradients(model, batch):
@@ -108,7 +108,7 @@ def test_changing_one_branch_moves_no_other(family):
     before = batch_of(encoder, [2], split=False)
     after = {key: value.clone() for key, value in before.items()}
     third = after["segments"][0] == 3
-    after["input_ids"][0, third] = torch.where(after["labels"][0, third] == batching.IGNORED, 300, after["input_ids"][0, third])
+    after["input_ids"][0, third] = torch.where(after["labels"][0, third] == layout.IGNORED, 300, after["input_ids"][0, third])
     for branch in range(1, 9):
         moved = (branch_logits(model, before, 0, branch) - branch_logits(model, after, 0, branch)).abs().max().item()
         assert moved > 1e-6 if branch == 3 else moved == 0.0
@@ -131,7 +131,7 @@ def test_a_wrong_mask_or_position_is_seen(family, fault, monkeypatch):
 
 def test_mask_lets_nothing_through_but_prefix_and_own_branch():
     segments = torch.tensor([[0, 0, 1, 1, 2, 2, -1]])
-    seen = batching.attention_mask(segments)[0, 0]
+    seen = layout.attention_mask(segments)[0, 0]
     assert seen.shape == (7, 7)
     assert seen[5].tolist() == [True, True, False, False, True, True, False]
     assert seen[3].tolist() == [True, True, True, True, False, False, False]
@@ -142,7 +142,7 @@ def test_logits_only_at_labels(family):
     model, processor = family
     batch = batch_of(batching.Encoder(processor, model), [0, 2], split=False)
     logits, targets, weights = losses.answer_logits(model, batch)
-    count = int((batch["labels"] != batching.IGNORED).sum())
+    count = int((batch["labels"] != layout.IGNORED).sum())
     assert logits.shape[0] == count == len(targets) == len(weights)
     assert logits.shape[0] < batch["labels"].numel() / 2
     assert not model.get_output_embeddings()._forward_pre_hooks, "the hook must not outlive its batch"

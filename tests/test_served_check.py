@@ -11,7 +11,7 @@ import pytest
 from keys_and_ports import no_keys  # noqa: F401 - a fixture
 from stand_in import StandIn
 
-from sonovqa import files, served_check, serving
+from sonovqa import dataset, files, served_check, serving
 from sonovqa.cli import UserError
 from sonovqa.serving_plan import Plan, Weights
 
@@ -35,6 +35,18 @@ def plan_of(url: str, run: Path) -> Plan:
     log = run / "serve.log"
     log.write_text("all is well")
     return Plan("run", [], {}, "127.0.0.1", 0, url, log, Weights("run", "m", {}, {"run": run}, run))
+
+
+def test_check_rows_are_numbered_as_in_training_and_a_choice_run_is_asked_its_own_questions(data):
+    """Rows within the images trained on, branches within the questions that the head answers."""
+    arguments = {"data": str(data), "task": "all", "max_images": 3, "seed": 1}
+    run = {"arguments": arguments, "prompt_variant": "default", "check_items": [{"split": "train", "row": 2, "branches": [0]}]}
+    stored = dataset.trained_on(arguments)["train"]
+    (request,) = served_check.check_requests(run)
+    assert len(stored) == 3 and request.image == stored[2]["image"]["bytes"] and request.prompts[0][0] == "Q1"
+    labels = [{"name": name, "answer": name, "token": k, "spelt": name} for k, name in enumerate(("normal", "abnormal"))]
+    (chosen,) = served_check.check_requests(run | {"head": {"kind": "choice", "sets": {"Q7": labels}}})
+    assert [question for question, _ in chosen.prompts] == ["Q7"] and chosen.image == request.image
 
 
 def test_ready_after_a_first_request_and_the_rows(run, capsys):

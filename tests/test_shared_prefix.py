@@ -42,11 +42,13 @@ def all_in_fp64(monkeypatch):
 
 def batch_of(encoder, rows, split: bool, weight=lambda row, k: 1.0):
     """One batch: a sequence a row, or a sequence a branch."""
-    layout = (
+    rows_made = (
         [(r, [k]) for r in rows for k in range(len(QUESTIONS[r]))] if split else [(r, range(len(QUESTIONS[r]))) for r in rows]
     )
-    prefixes, vision = encoder.prefixes([noise_image(*SIZES[r], seed=r) for r, _ in layout], [CONTEXT[r] for r, _ in layout])
-    branches = [[encoder.branch(*QUESTIONS[r][k], weight=weight(r, k)) for k in ks] for r, ks in layout]
+    prefixes, vision = encoder.prefixes(
+        [noise_image(*SIZES[r], seed=r) for r, _ in rows_made], [CONTEXT[r] for r, _ in rows_made]
+    )
+    branches = [[encoder.branch(*QUESTIONS[r][k], weight=weight(r, k)) for k in ks] for r, ks in rows_made]
     return layout.assemble(prefixes, branches, encoder.tokenizer.pad_token_id) | vision
 
 

@@ -4,7 +4,8 @@
     SONOVQA_PAGE_KEY=… python -m sonovqa.page --endpoint http://127.0.0.1:8000/v1 --host 0.0.0.0 \\
         --tls-cert page.crt --tls-key page.key                                 # for others: a key is required
 
-It talks to the endpoint only and loads no model; the endpoint's key is read from VLLM_API_KEY. Marked answers go to
+It talks to the endpoint only and loads no model; the endpoint's key is read from VLLM_API_KEY. The run behind it must generate
+its answers: of a choice run ("head" in its run.json) the page would show noise, with percentages. Marked answers go to
 <marks>/marks.xlsx, which becomes a data set by:
 
     python prepare_dataset.py sheet outputs/marks/marks.xlsx --images outputs/marks/images --group-column Patient
@@ -46,6 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     where.add_argument("--port", type=int, default=8080, help="TCP port")
     where.add_argument("--tls-cert", type=Path, metavar="FILE", help="certificate: the page is then reached by https only")
     where.add_argument("--tls-key", type=Path, metavar="FILE", help="its private key")
+    where.add_argument("--behind-tls", action="store_true", help="a proxy before the page speaks https: cookies by https only")
     where.add_argument("--largest-file", type=float, default=20.0, metavar="MB", help="of an upload, in megabytes")
     where.add_argument("--at-once", type=int, default=32, help="requests answered at a time; more are told to come again")
     where.add_argument("--in-flight", type=int, default=16, help="most requests open at the endpoint")
@@ -68,9 +70,10 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.tls_cert) != bool(args.tls_key):
         found.append("--tls-cert and --tls-key; only one of them; name both files")
     key = os.environ.get(KEY_NAME)
-    if key is None and not serving_plan.is_loopback(args.host):
+    if key is None and (args.behind_tls or not serving_plan.is_loopback(args.host)):
         way_out = f"{KEY_NAME}=$(openssl rand -hex 16), and give it to those who may use the page"
-        found.append(f"--host {args.host}; others could use the page without a key; loopback is allowed, or set {way_out}")
+        flag = "--behind-tls" if args.behind_tls else f"--host {args.host}"
+        found.append(f"{flag}; others could use the page without a key; loopback without a proxy is allowed, or set {way_out}")
     if key is not None and (len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable()):
         found.append(f"{KEY_NAME}; {len(key)} characters; {SHORTEST_KEY} or more of ASCII; openssl rand -hex 16 makes one")
     cli.check(found)
@@ -110,7 +113,7 @@ def make(args: argparse.Namespace):
     options |= {"variant": args.prompts, "labels": args.labels}
     settings = page_app.Settings(
         unsure_below=args.unsure_below, largest_file=int(args.largest_file * 1e6), at_once=args.at_once,
-        key=os.environ.get(KEY_NAME), secure=args.tls_cert is not None,
+        key=os.environ.get(KEY_NAME), secure=args.behind_tls or args.tls_cert is not None, host=serving_plan.address(args.host),
     )  # fmt: skip
     endpoint = page_answers.PageEndpoint(args.endpoint, args.model, **options)
     return page_app.Page(endpoint, page_marks.MarksSheet(args.marks, args.prompts), settings)
@@ -149,8 +152,8 @@ def greeting(args: argparse.Namespace) -> str:
         f"the page is at {scheme}://{host}:{args.port}, asking {args.endpoint}",
         f"marks go to {marks}; a data set of them: python prepare_dataset.py sheet {marks} --images {args.marks / 'images'}",
     ]
-    if not (args.tls_cert or serving_plan.is_loopback(args.host)):
-        lines.append("without --tls-cert images and key travel unencrypted: for a trusted network only, or behind an https proxy")
+    if not (args.tls_cert or args.behind_tls or serving_plan.is_loopback(args.host)):
+        lines.append("without --tls-cert images and key travel unencrypted: for a trusted network only, or with --behind-tls")
     return "\n".join([*lines, f"{cli.RESEARCH_NOTICE} Ctrl-C stops the page."])
 
 

@@ -8,11 +8,12 @@ turn elsewhere. Neither says that the answer is right: how far it can be believe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sonovqa import chat, confidence, endpoint_likelihoods
@@ -26,6 +27,7 @@ from sonovqa.questions import QUESTIONS, REPORT_ID
 #: a model that says other things has a preference among them, but it means nothing (`calibration.find` warns there too).
 LEAST_MASS = 0.5
 LABELS = confidence.Labels(())
+KEY_PART = 8  # characters of the endpoint's key that are hidden even where its end is cut off
 FRESH_SECONDS = 2.0  # for which what the endpoint said of itself is told to everybody else who asks
 
 #: What the page is told while an answer is made: ``{"piece": …}``, ``{"again": why}`` (what was said is void), and last
@@ -89,41 +91,58 @@ class PageEndpoint(Endpoint):
                     await asyncio.to_thread(probe.check)
                     self.model, self.trouble = probe.model, None
                 except UserError as fault:
-                    self.trouble = f"The model's server cannot be used: {fault}."
+                    self.trouble = self._without_key(f"The model's server cannot be used: {fault}.")
                 self.checked = time.monotonic()
         return self.trouble
 
-    async def eight(self, image: Upload, context: str | None) -> AsyncIterator[Event]:
-        """Q1 … Q8 about an image, all at once; every event says of which ``question``."""
+    def _without_key(self, words: str) -> str:
+        """Words without the endpoint's key: proxies send headers back in errors, and `in_words` may cut those in mid key."""
+        key = self._key() or ""
+        for length in range(len(key), min(KEY_PART, len(key)) - 1, -1) if key else ():
+            words = words.replace(key[:length], "[key]")
+        return words
+
+    async def eight(self, image: Upload, context: str | None) -> AsyncGenerator[Event]:
+        """Q1 … Q8 about an image, all at once; every event says of which ``question``.
+
+        Not by a `TaskGroup`: it would turn the `GeneratorExit` of a reader who has gone into an exception group.
+        """
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
         async def one(question_id: str) -> None:
             async for event in self.standard(image, question_id, context):
                 events.put_nowait({"question": question_id} | event)
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(question_id)) for question_id in QUESTIONS]
-            asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: events.put_nowait(None))
+        tasks = [asyncio.create_task(one(question_id)) for question_id in QUESTIONS]
+        asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: events.put_nowait(None))
+        try:
             while (event := await events.get()) is not None:
                 yield event
+            for task in tasks:
+                task.result()  # raises the fault of one that failed
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
-    async def standard(self, image: Upload, question_id: str, context: str | None) -> AsyncIterator[Event]:
+    async def standard(self, image: Upload, question_id: str, context: str | None) -> AsyncGenerator[Event]:
         """One of Q1 … Q8, or ``report``, asked alone: as in training, and as it was evaluated."""
         prompt = chat.prompt_for(question_id, "", self.variant)
         longer = len(QUESTIONS) if question_id == REPORT_ID else 1
-        async for event in self._streamed(messages_of(image, [prompt], context), self.max_new_tokens * longer):
-            if "answer" in event and self.labels and question_id in confidence.CLOSED:
-                yield event | {"confidence": None, "weighing": True}  # the answer is there; what it is worth follows
-                event |= await self._labelled(image, question_id, prompt, context, event)
-            yield event
+        streamed = self._streamed(messages_of(image, [prompt], context), self.max_new_tokens * longer)
+        async with contextlib.aclosing(streamed):
+            async for event in streamed:
+                if "answer" in event and self.labels and question_id in confidence.CLOSED:
+                    yield event | {"confidence": None, "weighing": True}  # the answer is there; what it is worth follows
+                    event |= await self._labelled(image, question_id, prompt, context, event)
+                yield event
 
-    async def free(self, image: Upload, turns: Sequence[str], context: str | None) -> AsyncIterator[Event]:
+    def free(self, image: Upload, turns: Sequence[str], context: str | None) -> AsyncGenerator[Event]:
         """The answer to the last of ``turns`` (question, answer, …, question) with the latest of what was said before."""
-        async for event in self._streamed(messages_of(image, turns[-2 * LONGEST_HISTORY - 1 :], context), self.max_new_tokens):
-            yield event
+        return self._streamed(messages_of(image, turns[-2 * LONGEST_HISTORY - 1 :], context), self.max_new_tokens)
 
-    async def _streamed(self, messages: list[dict], max_new_tokens: int) -> AsyncIterator[Event]:
-        """An answer, asked for again where the connection breaks or the server is busy."""
+    async def _streamed(self, messages: list[dict], max_new_tokens: int) -> AsyncGenerator[Event]:
+        """An answer, asked for again where the connection breaks, the server is busy or its model refuses a field."""
         import openai
 
         if self.model is None and (problem := await self.problem()):  # the page may be up before the server is
@@ -133,20 +152,24 @@ class PageEndpoint(Endpoint):
         for attempt in itertools.count(1):
             said = Said()
             try:
-                async with self.slots:
-                    async for piece in self._pieces(request, said):
+                async with self.slots, contextlib.aclosing(self._pieces(request, said)) as pieces:
+                    async for piece in pieces:
                         yield {"piece": piece}
                 check_finished(said.finish, not said.text.strip())
                 yield ended(said)
                 return
             except (openai.APIError, IncompleteError, ValueError) as fault:
+                if self.dialect.learns(fault, request):
+                    request = self.dialect.spoken(request)
+                    continue
+                words = self._without_key(told_of(fault))
                 if attempt > self.retries or not may_pass(fault):
-                    yield {"error": told_of(fault) + (" Ask again in a while." if may_pass(fault) else "")}
+                    yield {"error": words + (" Ask again in a while." if may_pass(fault) else "")}
                     return
-                yield {"again": f"{told_of(fault)} Asking again ({attempt} of {self.retries})."}
+                yield {"again": f"{words} Asking again ({attempt} of {self.retries})."}
                 await asyncio.sleep(self._pause(attempt, fault))
 
-    async def _pieces(self, request: dict, said: Said) -> AsyncIterator[str]:
+    async def _pieces(self, request: dict, said: Said) -> AsyncGenerator[str]:
         async with await self.client.chat.completions.create(**request) as stream:
             async for chunk in stream:
                 for choice in chunk.choices or ():

@@ -31,6 +31,7 @@ KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".s
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # names a browser may reach the page by: no other site's name points here
 
 LARGEST_JSON = 512 << 10  # bytes; a conversation, or eight answers with corrections
+LARGEST_KEY, KEY_SECONDS = 4096, 5.0  # bytes of the request that brings a key, and until it must be whole
 LONGEST_TURN, MOST_TURNS, LONGEST_CONTEXT = 8000, 200, 200  # characters, texts, characters
 WRONG_KEY_PAUSE = 1.0  # seconds
 
@@ -46,6 +47,7 @@ class Settings:
         room: bytes of images held in memory.
         key: what users must give; ``None`` on loopback.
         secure: whether the page is reached by https only.
+        host: name or address that the page listens on; without a key it is reached by that and by loopback's names alone.
     """
 
     unsure_below: float = 0.5
@@ -54,6 +56,7 @@ class Settings:
     room: int = 256 << 20
     key: str | None = None
     secure: bool = False
+    host: str = "127.0.0.1"
 
 
 class EventStream(StreamingResponse):
@@ -83,7 +86,8 @@ class Page:
     def __init__(self, endpoint: PageEndpoint, sheet: MarksSheet, settings: Settings):
         self.endpoint, self.sheet, self.settings = endpoint, sheet, settings
         self.shelf, self.sessions = Shelf(settings.room), Sessions(settings.key)
-        self.answering, self.uploading = Gate(settings.at_once), Gate(settings.at_once)
+        # Three gates: who has no key yet takes no place from those who have one.
+        self.answering, self.uploading, self.knocking = (Gate(settings.at_once) for _ in range(3))
         self.files = {path.name: path.read_bytes() for path in FILES.iterdir() if path.suffix in KINDS}
 
     def application(self):
@@ -99,7 +103,8 @@ class Page:
             Route("/api/answers", private(self.answers), methods=["POST"]),
             Route("/api/marks", private(self.marks), methods=["POST"]),
         ]
-        hosts = [] if self.settings.key else [Middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK, www_redirect=False)]
+        names = (*LOOPBACK, self.settings.host)
+        hosts = [] if self.settings.key else [Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)]
         handlers = {Refusal: lambda request, refusal: refusal.response(), HTTPException: refused}
         return Guard(Starlette(routes=routes, middleware=hosts, exception_handlers=handlers, lifespan=self._lifespan))
 
@@ -130,9 +135,9 @@ class Page:
         return Response(self.files[name], media_type=KINDS[Path(name).suffix])
 
     async def key(self, request: Request) -> Response:
-        told = await self._json(request)
-        with self.uploading():
-            cookie = self.sessions.cookie_for(str(told.get("key", "")))
+        with self.knocking():
+            told = await self._json(request, LARGEST_KEY, KEY_SECONDS)
+            cookie = self.sessions.cookie_for(told["key"] if isinstance(told.get("key"), str) else "")
             if cookie is None:
                 await asyncio.sleep(WRONG_KEY_PAUSE)
                 raise Refusal(403, "This is not the page's key. Ask whoever runs the page for it.")
@@ -187,8 +192,8 @@ class Page:
     def _image(self, told: Mapping) -> Upload:
         return self.shelf.get(text_of(told, "image", LONGEST_CONTEXT))
 
-    async def _json(self, request: Request) -> dict:
-        data = await read_body(request, LARGEST_JSON, "application/json")
+    async def _json(self, request: Request, most: int = LARGEST_JSON, seconds: float = page_guard.BODY_SECONDS) -> dict:
+        data = await read_body(request, most, "application/json", seconds)
         try:
             told = json.loads(data)
         except (ValueError, RecursionError):

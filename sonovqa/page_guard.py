@@ -19,7 +19,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 COOKIE = "sonovqa-session"
 SESSION_SECONDS = 12 * 3600  # a working day; then the key is asked for again
-HEAD_SECONDS = 15  # until a new connection must have sent its request's headers
+HEAD_SECONDS = 15  # until a request's headers must be whole, from the connection's start or the response before
 PIECE_SECONDS = 20  # until the next piece of an upload must come, or the next piece of an answer be taken
 PARTING_SECONDS = 5  # for which a client that was refused in mid-upload may go on sending into the void
 BODY_SECONDS = 120  # until an upload must be whole: 20 MB at 1.4 Mbit/s
@@ -92,12 +92,13 @@ class Gate:
             self.inside -= 1
 
 
-async def read_body(request: Request, most: int, kind: str) -> bytes:
+async def read_body(request: Request, most: int, kind: str, seconds: float = BODY_SECONDS) -> bytes:
     """A request's body, counted as it comes.
 
     Args:
         most: bytes; more are refused by the ``Content-Length`` before anything is read, or as soon as they were sent.
         kind: the content type it must have. Neither that of JSON nor that of bytes can be sent by a form of another site.
+        seconds: until it must be whole.
 
     Raises:
         Refusal: 413 too large, 415 of another kind, 408 too slow.
@@ -110,7 +111,7 @@ async def read_body(request: Request, most: int, kind: str) -> bytes:
         raise too_large
     body, pieces = bytearray(), request.stream()
     try:
-        async with asyncio.timeout(BODY_SECONDS):
+        async with asyncio.timeout(seconds):
             while True:
                 piece = await asyncio.wait_for(anext(pieces, None), PIECE_SECONDS)
                 if piece is None:
@@ -144,8 +145,11 @@ class Sessions:
         return 0 <= (time.time() if now is None else now) - int(made) <= SESSION_SECONDS
 
     def cookie_for(self, key: str) -> str | None:
-        """A cookie's value, or ``None`` for a wrong key; compared in constant time."""
-        if self.key is None or not hmac.compare_digest(key.encode(), self.key):
+        """A cookie's value, or ``None`` for a wrong key; compared in constant time.
+
+        JSON can hold half a surrogate pair, which UTF-8 proper cannot encode: passed on, it is a wrong key like others.
+        """
+        if self.key is None or not hmac.compare_digest(key.encode(errors="surrogatepass"), self.key):
             return None
         made = str(int(time.time()))
         return f"{made}.{self._signature(made)}"
@@ -193,12 +197,36 @@ class Guard:
 
 
 class Protocol(H11Protocol):
-    """HTTP/1.1 that hangs up on connections which send no request: uvicorn itself waits for the first one for ever."""
+    """HTTP/1.1 that gives up clients which stall, where uvicorn would wait for ever.
+
+    uvicorn has no limit for the first request's headers, and stops its keep-alive timer at the first byte of a later one.
+    Closing a connection waits until the client has taken all that was written for it, which it may never do.
+    """
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
-        self.loop.call_later(HEAD_SECONDS, self._hang_up_if_silent)
+        self.head_timer = self.loop.call_later(HEAD_SECONDS, self._close_if_silent, None)
+        self.parting_timer = self.loop.call_later(PIECE_SECONDS, self._abort_if_stalled, None)
 
-    def _hang_up_if_silent(self) -> None:
-        if self.scope is None and not self.transport.is_closing():
+    def connection_lost(self, fault: Exception | None) -> None:
+        self.head_timer.cancel()
+        self.parting_timer.cancel()
+        super().connection_lost(fault)
+
+    def on_response_complete(self) -> None:
+        self.head_timer.cancel()  # armed before the call below, which begins the next request where it came already
+        self.head_timer = self.loop.call_later(HEAD_SECONDS, self._close_if_silent, self.cycle)
+        super().on_response_complete()
+
+    def _close_if_silent(self, last) -> None:
+        """Close the connection if no request's headers became whole since the request ``last``."""
+        if self.cycle is last and not self.transport.is_closing():
             self.transport.close()
+
+    def _abort_if_stalled(self, before: int | None) -> None:
+        """Cut the connection if it is being closed and none of the ``before`` bytes then unsent was taken since the last look."""
+        unsent = self.transport.get_write_buffer_size() if self.transport.is_closing() else None
+        if unsent is not None and unsent == before:
+            self.transport.abort()
+        else:
+            self.parting_timer = self.loop.call_later(PIECE_SECONDS, self._abort_if_stalled, unsent)

@@ -62,7 +62,8 @@ class MarksSheet:
         """Keep the marks on one image; a question marked before is marked anew.
 
         Args:
-            category: one of `questions.CATEGORIES`, or "".
+            category: one of `questions.CATEGORIES`, or "": the view it was saved with before stays (the page's own choice is
+                empty again after it was loaded anew).
             patient: a code that holds the images of one patient together (`--group-column Patient`), or "".
             model: who answered.
 
@@ -72,17 +73,20 @@ class MarksSheet:
         Raises:
             Refusal: 507 if it cannot be written, 409 if what lies there is no sheet of this form. Nothing has changed then.
         """
-        place = self.images / (category if category in CATEGORIES else UNSORTED) / (image.sha256[:16] + image.suffix)
+        name = image.sha256[:16] + image.suffix
         try:
-            with self._alone(), self._image(place, image.data):
+            with self._alone():
                 book = self._book()
-                before = self._put(book.worksheets[0], place, patient, marks)
-                for mark in marks:
-                    folder_sheet.add_row(book.worksheets[1], self._log_row(place.name, model, mark))
-                with files.replacing(self.path) as part:
-                    book.save(part)
-                if before is not None and before != place:
-                    before.unlink(missing_ok=True)
+                before = view_of(book.worksheets[0], name)
+                view = category if category in CATEGORIES else before or UNSORTED
+                with self._image(self.images / view / name, image.data):
+                    self._put(book.worksheets[0], name, view, patient, marks)
+                    for mark in marks:
+                        folder_sheet.add_row(book.worksheets[1], self._log_row(name, model, mark))
+                    with files.replacing(self.path) as part:
+                        book.save(part)
+                if before not in (None, view):
+                    (self.images / before / name).unlink(missing_ok=True)
                 return book.worksheets[0].max_row - 1
         except OSError as fault:
             words = f"Your marks were not saved: {fault.strerror or fault} where the page keeps them. "
@@ -132,27 +136,35 @@ class MarksSheet:
             raise Refusal(409, words + "Whoever runs the page must move it away; then save again.")
         return book
 
-    def _put(self, sheet, place: Path, patient: str, marks: list[Mark]) -> Path | None:
-        """Write an image's row, a new one or over what was marked before; where its image lay before, if it had a row."""
-        row = next((row for row in range(2, sheet.max_row + 1) if sheet.cell(row, 2).value == place.name), None)
-        before = None
+    def _put(self, sheet, name: str, view: str, patient: str, marks: list[Mark]) -> None:
+        """Write an image's row, a new one or over what was marked before."""
+        row = row_of(sheet, name)
         if row is None:
-            folder_sheet.add_row(sheet, ["", place.name, "complete", "", *[""] * len(QUESTIONS)])
+            folder_sheet.add_row(sheet, ["", name, "complete", "", *[""] * len(QUESTIONS)])
             row = sheet.max_row
-        elif (view := sheet.cell(row, 1).value) in (*CATEGORIES, UNSORTED):
-            before = self.images / view / place.name
-        folder_sheet.set_cell(sheet.cell(row, 1), place.parent.name)
+        folder_sheet.set_cell(sheet.cell(row, 1), view)
         if patient:
             folder_sheet.set_cell(sheet.cell(row, 4), patient)
         for mark in marks:
             column = FIRST_ANSWER + list(QUESTIONS).index(mark.question_id)
             folder_sheet.set_cell(sheet.cell(row, column), mark.annotation(self.variant))
-        return before
 
     def _log_row(self, name: str, model: str, mark: Mark) -> list[str]:
         confidence = "" if mark.confidence is None else f"{mark.confidence:.4f}"
         verdict = "right" if mark.right else "wrong"
         return [records.now(), name, mark.question_id, model, mark.answer, confidence, verdict, mark.correction]
+
+
+def row_of(sheet, name: str) -> int | None:
+    """The number of an image's row in the first worksheet, counted from 1; ``None`` where it has none."""
+    return next((row for row in range(2, sheet.max_row + 1) if sheet.cell(row, 2).value == name), None)
+
+
+def view_of(sheet, name: str) -> str | None:
+    """The folder an image lies in by its row. ``None`` without a row, or where somebody wrote another folder than the page's."""
+    row = row_of(sheet, name)
+    view = None if row is None else sheet.cell(row, 1).value
+    return view if view in (*CATEGORIES, UNSORTED) else None
 
 
 def marks_of(told: Mapping) -> list[Mark]:

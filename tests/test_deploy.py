@@ -87,6 +87,7 @@ def test_serving_imports_nothing_that_the_container_lacks():
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({[m for m in modules if m not in ('torchvision', 'accelerate')]}))\n"
         "from sonovqa import served_check, serving, serving_gate, structured\n"
+        "from sonovqa import page, page_answers, page_app, page_marks, page_uploads\n"
         "serving.main(['--help'])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -1,13 +1,11 @@
-"""The page's server, without a browser: answers and what they are worth, uploads, who is let in, what is refused."""
+"""The page's server, without a browser: answers and what they are worth, faults of the endpoint, uploads."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import logging
 import math
-import socket
 import time
 
 import page_serving
@@ -17,8 +15,7 @@ from keys_and_ports import no_keys  # noqa: F401 - a fixture
 from page_serving import ANSWERS, SURE, UNSURE, Running, arguments, bomb, png, script
 from starlette.testclient import TestClient
 
-from sonovqa import chat, page, page_answers, page_app, page_guard
-from sonovqa.cli import UserError
+from sonovqa import chat, page, page_answers, page_guard
 from sonovqa.page_uploads import Shelf, read
 
 KEY = "a-key-of-the-page-test"
@@ -87,6 +84,71 @@ def test_labels_that_hold_little_of_the_probability_are_not_compared():
     assert found["confidence"] == pytest.approx(1, abs=1e-6)
     likely = page_answers.compared(wordings, [math.log(0.6), math.log(0.3)], "normal", "normal", 0.6)
     assert likely["confidence"] == pytest.approx(2 / 3)
+
+
+def test_no_fault_of_the_endpoint_shows_its_key(tmp_path, monkeypatch):
+    """A proxy sends the headers back in its errors; a long one is cut in mid key."""
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    echoes = ((503, f"Authorization: Bearer {KEY}"), (400, "x" * 283 + KEY))
+    with client(tmp_path, lambda prompt, attempt: echoes[attempt - 1]) as browser:
+        events = ask(browser, image=upload(browser), question="Q1")
+    with client(tmp_path, models=(f"Bearer {KEY}", "other")) as browser:
+        problem = browser.get("/api/status").json()["problem"]
+    assert [list(event) for event in events] == [["again"], ["error"]]
+    for told in (events[0]["again"], events[1]["error"], problem):
+        assert "[key]" in told and KEY[:8] not in told
+
+
+def test_a_model_that_takes_no_max_tokens_is_asked_in_its_own_terms(tmp_path):
+    refusal = {"message": "Use max_completion_tokens", "param": "max_tokens", "code": "unsupported_parameter"}
+
+    def refusing(prompt: str, attempt: int):
+        if "max_tokens" in browser.behind.bodies[-1]:
+            return lambda handler: stand_in.send(handler, 400, {"error": refusal})
+        return page_serving.told("normal", SURE)
+
+    with client(tmp_path, refusing, "--no-labels") as browser:
+        events = ask(browser, image=upload(browser), question="Q7")
+        first, second = browser.behind.bodies
+    assert events[-1]["answer"] == "normal" and not any("again" in event for event in events)
+    assert second["max_completion_tokens"] == first["max_tokens"] and second["stream"] and second["logprobs"]
+
+
+def test_a_reader_who_leaves_in_mid_stream_leaves_nothing_behind(tmp_path, capfd):
+    slow = page_serving.told("one two three four five six seven eight nine ten", SURE, pause=0.1)
+    with stand_in.StandIn(lambda prompt, attempt: slow) as behind, Running(behind.url, tmp_path, "--no-labels") as running:
+        import httpx2
+
+        name = httpx2.post(running.url + "api/images", content=png(), headers=BYTES, trust_env=False).json()["image"]
+        for more in ({}, {"question": "Q1"}, {"turns": ["Which plane is this?"]}):
+            with httpx2.stream("POST", running.url + "api/answers", json={"image": name} | more, trust_env=False) as reply:
+                assert next(reply.iter_lines())
+        waited = time.monotonic()
+        while running.page.answering.inside and time.monotonic() - waited < 10:
+            time.sleep(0.02)
+        assert running.page.answering.inside == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_events_can_be_closed_and_faults_are_not_swallowed(tmp_path, monkeypatch):
+    async def closed(endpoint) -> None:
+        events = endpoint.eight(None, None)
+        assert (await anext(events))["piece"] == "x"
+        await events.aclose()
+
+    async def whole(endpoint) -> list:
+        return [event async for event in endpoint.eight(None, None)]
+
+    async def standard(image, question_id, context):
+        yield {"piece": "x"}
+        if question_id == "Q3":
+            raise RuntimeError("a fault of the page's own")
+
+    endpoint = page_answers.PageEndpoint("http://127.0.0.1:1/v1")
+    monkeypatch.setattr(endpoint, "standard", standard)
+    asyncio.run(closed(endpoint))
+    with pytest.raises(RuntimeError, match="of the page's own"):
+        asyncio.run(whole(endpoint))
 
 
 def test_an_answer_cut_at_its_limit_says_so(tmp_path):
@@ -158,160 +220,3 @@ def test_what_the_model_sees_is_what_the_page_shows(tmp_path):
     with client(tmp_path) as browser:
         shown = browser.get(f"/api/images/{upload(browser, stream.getvalue())}")
     assert shown.headers["content-type"] == "image/png" and shown.content == read(stream.getvalue()).seen
-
-
-@pytest.mark.parametrize("path", ["/", "/files/page.js", "/api/status", "/nothing", "/files/index.html", "/files/..%2fpage.py"])
-def test_every_response_holds_the_browser_to_the_page(tmp_path, path):
-    with client(tmp_path) as browser:
-        response = browser.get(path)
-    policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "script-src 'self';" in policy and "unsafe" not in policy
-    assert response.headers["x-content-type-options"] == "nosniff" and response.headers["cache-control"] == "no-store"
-    assert response.status_code == (200 if path in ("/", "/files/page.js", "/api/status") else 404)
-
-
-def test_files_of_the_page_fetch_nothing_from_elsewhere():
-    for path in page_app.FILES.iterdir():
-        text = path.read_text().replace("http://www.w3.org/2000/svg", "")
-        assert "http:" not in text and "https:" not in text and "//cdn" not in text, path
-        assert " style=" not in text and " onclick=" not in text, path  # the policy would refuse them
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [{"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Origin": "null"}],
-)
-def test_requests_of_other_sites_are_refused(tmp_path, headers):
-    with client(tmp_path) as browser:
-        name = upload(browser)
-        response = browser.post("/api/marks", json={"image": name, "marks": {}}, headers=headers)
-        form = browser.post("/api/marks", data={"image": name})  # what a form of another site can send
-        renamed = browser.get("/api/status", headers={"Host": "evil.example"})  # DNS rebinding
-    assert response.status_code == 403 and "another site" in response.json()["error"]
-    assert form.status_code == 415 and renamed.status_code == 400
-
-
-@pytest.mark.parametrize(
-    "told",
-    [
-        [], {"image": 5}, {"turns": []}, {"turns": ["a", "b"]}, {"turns": ["x" * 9000]}, {"turns": [""]}, {"question": "Q9"},
-        {"context": "x" * 300}, {"context": ["x"]},
-    ],
-)  # fmt: skip
-def test_requests_of_another_form_are_refused(tmp_path, told):
-    with client(tmp_path) as browser:
-        told = {"image": upload(browser)} | told if isinstance(told, dict) else told
-        assert browser.post("/api/answers", json=told).status_code in (400, 410)
-        nested = browser.post("/api/answers", content=b"[" * 100_000, headers={"Content-Type": "application/json"})
-        assert nested.status_code == 400 and not browser.behind.bodies
-
-
-def test_beyond_loopback_a_key_is_demanded_and_a_weak_one_refused(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="without a key"):
-        arguments("http://127.0.0.1:1/v1", tmp_path, "--host", "0.0.0.0")
-    monkeypatch.setenv(page.KEY_NAME, "short")
-    with pytest.raises(UserError, match="16 or more"):
-        arguments("http://127.0.0.1:1/v1", tmp_path, "--host", "0.0.0.0")
-    monkeypatch.setenv(page.KEY_NAME, KEY)
-    args = arguments("http://127.0.0.1:1/v1", tmp_path, "--host", "0.0.0.0")
-    assert KEY not in page.greeting(args) + repr(args) and "unencrypted" in page.greeting(args)
-
-
-def test_with_a_key_nothing_is_told_before_it_is_given(tmp_path, monkeypatch, caplog, capfd):
-    monkeypatch.setattr(page_app, "WRONG_KEY_PAUSE", 0.0)
-    monkeypatch.setenv(page.KEY_NAME, KEY)
-    caplog.set_level(logging.DEBUG)
-    with client(tmp_path) as browser:
-        for method, path in (("GET", "/api/status"), ("POST", "/api/images"), ("POST", "/api/answers"), ("POST", "/api/marks")):
-            assert browser.request(method, path).status_code == 401
-        assert "asks for a key" in browser.get("/").text
-        wrong = browser.post("/api/key", json={"key": "wrong"})
-        assert wrong.status_code == 403 and "not the page's key" in wrong.json()["error"]
-        right = browser.post("/api/key", json={"key": KEY})
-        assert {"HttpOnly", "SameSite=strict"} <= set(right.headers["set-cookie"].split("; "))
-        assert browser.get("/api/status").status_code == 200 and "Eight answers" in browser.get("/").text
-    written = capfd.readouterr()
-    assert KEY not in caplog.text + written.out + written.err + right.headers["set-cookie"] + right.text
-
-
-def test_sessions_end_and_cannot_be_made_up():
-    sessions = page_guard.Sessions(KEY)
-    cookie = sessions.cookie_for(KEY)
-    made, _, signature = cookie.partition(".")
-    assert sessions.signed_in(cookie) and sessions.cookie_for("x") is None and sessions.cookie_for("ключ") is None
-    assert not sessions.signed_in(cookie, int(made) + page_guard.SESSION_SECONDS + 1)
-    others = page_guard.Sessions("another").cookie_for("another")
-    assert not any(map(sessions.signed_in, (f"{int(made) + 5}.{signature}", f"{made}.", "", None, "x.y", others)))
-
-
-def test_a_thousand_at_once_are_answered_or_told_to_wait_and_the_page_stays_up(tmp_path):
-    import httpx2
-
-    slow = page_serving.told("normal", SURE, pause=0.02)
-    with (
-        stand_in.StandIn(lambda prompt, attempt: slow) as behind,
-        Running(behind.url, tmp_path, "--no-labels", "--at-once", "8", "--in-flight", "4") as running,
-    ):
-        page.allow_many_connections()
-        with httpx2.Client(base_url=running.url, trust_env=False) as one:
-            name = one.post("api/images", content=png(), headers=BYTES).json()["image"]
-
-        async def crowd() -> list:
-            limits = httpx2.Limits(max_connections=None)
-            async with httpx2.AsyncClient(base_url=running.url, limits=limits, timeout=60, trust_env=False) as many:
-                asked = (many.post("api/answers", json={"image": name, "question": "Q7"}) for _ in range(1000))
-                return await asyncio.gather(*asked)
-
-        replies = asyncio.run(crowd())
-        answered = [reply for reply in replies if reply.status_code == 200]
-        turned_away = [reply for reply in replies if reply.status_code == 503]
-        assert len(answered) + len(turned_away) == 1000 and len(answered) >= 8 and turned_away
-        assert all('"answer": "normal"' in reply.text for reply in answered)
-        assert all("page is busy" in reply.json()["error"] and reply.headers["retry-after"] for reply in turned_away)
-        assert behind.most_open <= 4 and running.page.answering.inside == 0
-        with httpx2.Client(base_url=running.url, trust_env=False) as one:
-            assert one.get("api/status").json()["problem"] is None
-
-
-def test_a_large_upload_hears_why_it_was_refused_while_it_still_sends(tmp_path):
-    import httpx2
-
-    def endless():
-        for _ in range(300):
-            yield bytes(100_000)
-
-    with stand_in.StandIn(script) as behind, Running(behind.url, tmp_path, "--largest-file", "1") as running:
-        for content in (endless(), bytes(30_000_000)):
-            told = httpx2.post(running.url + "api/images", content=content, headers=BYTES, trust_env=False, timeout=30)
-            assert told.status_code == 413 and "at most 1 MB" in told.json()["error"]
-
-
-def request(where: str, kind: str, body: bytes) -> bytes:
-    head = f"POST /api/{where} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
-    return head.encode() + body
-
-
-def test_slow_clients_are_given_up(tmp_path, monkeypatch):
-    """One that sends no request, one that stops in mid-upload, one that does not read its answers."""
-    monkeypatch.setattr(page_guard, "HEAD_SECONDS", 0.3)
-    monkeypatch.setattr(page_guard, "PIECE_SECONDS", 0.3)
-    monkeypatch.setattr(page_guard, "PARTING_SECONDS", 0.3)
-    long = page_serving.told(("word" * 4000 + " ") * 1000, 0.5)  # 16 MB: more than the sockets between can hold
-    with stand_in.StandIn(lambda prompt, attempt: long) as behind, Running(behind.url, tmp_path) as running:
-        silent, stalled = (socket.create_connection(("127.0.0.1", running.port), timeout=20) for _ in range(2))
-        stalled.sendall(request("images", "application/octet-stream", bytes(9000))[:-8000])
-        assert silent.recv(100) == b""
-        told = stalled.recv(10_000)
-        assert b"408" in told.splitlines()[0] and b"took too long" in told + stalled.recv(10_000)
-        import httpx2
-
-        name = httpx2.post(running.url + "api/images", content=png(), headers=BYTES, trust_env=False).json()["image"]
-        deaf = socket.create_connection(("127.0.0.1", running.port), timeout=20)
-        deaf.sendall(request("answers", "application/json", json.dumps({"image": name, "question": "Q1"}).encode()))
-        waited = time.monotonic()
-        while not (running.page.answering.inside == 0 and behind.bodies) and time.monotonic() - waited < 20:
-            time.sleep(0.05)
-        assert behind.bodies and running.page.answering.inside == 0  # its place is free again, though it still holds the line
-        assert b'"answer"' not in b"".join(iter(lambda: deaf.recv(1 << 20), b""))  # it was cut off, not served in the end
-        for one in (silent, stalled, deaf):
-            one.close()

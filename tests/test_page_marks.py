@@ -62,6 +62,19 @@ def test_an_image_marked_again_keeps_one_row_and_moves_with_its_view(tmp_path):
     ]  # fmt: skip
 
 
+def test_an_image_saved_again_without_a_view_keeps_the_one_it_has(tmp_path):
+    """As after the page was loaded anew: its choice of a view is empty again."""
+    sheet, image = MarksSheet(tmp_path), read(png())
+    sheet.save(image, "Femur", "", [mark("Q7")], "run")
+    sheet.save(image, "", "", [mark("Q6")], "run")
+    assert rows_of(sheet)[0][0] == "Femur" and [path.parent.name for path in sheet.images.rglob("*.png")] == ["Femur"]
+    book = load_workbook(sheet.path)
+    book.worksheets[0].cell(2, 1).value = "../elsewhere"  # by somebody's hand: never a path of the page's
+    book.save(sheet.path)
+    sheet.save(image, "", "", [mark("Q6")], "run")
+    assert rows_of(sheet)[0][0] == "Unsorted" and (sheet.images / "Unsorted" / rows_of(sheet)[0][1]).exists()
+
+
 @pytest.mark.parametrize("text", ["=1+1", '=HYPERLINK("http://x")', "+cmd|' /C calc'!A0", "a\x00b\x0b", "é ✓ 胎", "\ud800"])
 def test_no_text_becomes_a_formula_or_breaks_the_sheet(tmp_path, text):
     sheet = MarksSheet(tmp_path)

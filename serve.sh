@@ -6,7 +6,8 @@
 #   ./serve.sh outputs/phantoms
 #   ./serve.sh outputs/phantoms --lora --port 8001
 #   ./serve.sh --adapters A=outputs/a B=outputs/b               # several runs on the base they share
-#   VLLM_API_KEY=$(openssl rand -hex 32) ./serve.sh outputs/phantoms --host 0.0.0.0
+#   export VLLM_API_KEY=$(openssl rand -hex 32)                 # for others: the key that you then give them
+#   ./serve.sh outputs/phantoms --host 0.0.0.0
 #   ./serve.sh outputs/phantoms --dry-run
 #   ./serve.sh outputs/phantoms -- --tensor-parallel-size 4      # any flag of `vllm serve`
 #   ./serve.sh --help

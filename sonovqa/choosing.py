@@ -189,7 +189,7 @@ def serving_note(run: Path) -> str:
     return (
         f"{run} answers by a {head.describe()}: asked freely it says anything. evaluate.py and inference.py ask it "
         f"rightly with --head {run}; of other clients each request needs {json.dumps(extra)}, of these tokens the ones of the "
-        f"question's own labels: {json.dumps(spelt)}"
+        f"question's own labels: {json.dumps(spelt)}. The page (python -m sonovqa.page) cannot ask it: it asks freely"
     )
 
 

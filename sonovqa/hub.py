@@ -4,8 +4,8 @@
     HF_TOKEN=… python -m sonovqa.hub outputs/clinic ORG/clinic-merged --merged   # merged/, as vLLM loads it
     python -m sonovqa.hub outputs/clinic ORG/clinic --dry-run                    # print card and files, send nothing
 
-The token comes from HF_TOKEN, from nowhere else. What leaves the machine: weights and processor files, and the card. No image,
-no answer, no file name, no run.json. HF_ENDPOINT names another hub.
+The token comes from HF_TOKEN, from nowhere else. What leaves the machine: weights and processor files, the labels of a choice
+head, and the card. No image, no other answer, no file name, no run.json. HF_ENDPOINT names another hub.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ TOKEN = "HF_TOKEN"
 #: What a model folder may send: weights that run no code when loaded, and the texts beside them.
 SENT = (".safetensors", ".json", ".jinja", ".txt")
 ADAPTER = "adapter_config.json"
+HEAD = "choice_head.json"  # ``run["head"]``: without labels and their tokens the weights of a choice run cannot be asked
 TINY_LICENCE = "apache-2.0"  # this project's own
 
 
@@ -127,7 +128,8 @@ def _faults(repo: str, api) -> Iterator[None]:
 def sent(folder: Path, merged: bool) -> dict[str, Path | bytes]:
     """What is pushed of a run: files by their name in the repository, in place of some their content.
 
-    An adapter's configuration names its base; where that is a folder of this machine, its bare name is sent.
+    An adapter's configuration names its base; where that is a folder of this machine, its bare name is sent. What run.json says
+    of a choice head goes along as `HEAD`.
 
     Raises:
         UserError: if the run has no such weights, or holds pickled ones.
@@ -143,9 +145,14 @@ def sent(folder: Path, merged: bool) -> dict[str, Path | bytes]:
         config = files.read_json(home / ADAPTER)
         base = str(config["base_model_name_or_path"])
         if model_card.hub_id(base) is None:
-            shown = json.dumps(config | {"base_model_name_or_path": Path(base).name}, indent=2, ensure_ascii=False)
-            found[ADAPTER] = (shown + "\n").encode()
+            found[ADAPTER] = _as_file(config | {"base_model_name_or_path": Path(base).name})
+    if head := (records.read_run(folder) or {}).get("head"):
+        found[HEAD] = _as_file(head)
     return found
+
+
+def _as_file(value: Mapping) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def card(folder: Path, repo: str, merged: bool, licence: str | None):

@@ -1,4 +1,7 @@
-"""The model card of a run, from its run.json and scores.json: figures and settings, never an image, an answer or a name."""
+"""The model card of a run, from its run.json and scores.json: figures and settings, never an image, an answer or a name.
+
+Of a choice run it names the labels: they are what its weights can say.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,20 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import sonovqa
-from sonovqa import files, measures, records, scoretable
+from sonovqa import choice, files, measures, records, scoretable
 from sonovqa.cli import RESEARCH_NOTICE
-from sonovqa.questions import QUESTIONS
+from sonovqa.questions import QUESTIONS, TEXT_LABEL
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
-TASK = "visual-question-answering"
+IMAGES, TEXTS = "visual-question-answering", "text-classification"  # the hub's names of tasks
+ULTRASOUND = ("sheet", "phantoms", "hc18")  # kinds of data sets that ask the eight questions about fetal ultrasound
+#: What a run was tuned to do, by the kind of its data set.
+PURPOSES = {
+    "csv-text": "put labels on texts",
+    "documents": "read pages of clinical documents and extract what stands there",
+    "vqa-rad": "answer questions about radiology images",
+    "path-vqa": "answer questions about pathology images",
+}
 TINY = "tiny (1.5 million parameters, shipped with SonoVQA; it knows phantoms only)"
 UNKNOWN_LICENCE = "No licence is named: that of the base model holds."
 
@@ -32,22 +43,23 @@ def make(run: Mapping, scores: Mapping | None, data: Mapping, repo: str, merged:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    kind, name = kind_of(data), repo.rpartition("/")[2]
+    kind, name, task = kind_of(data), repo.rpartition("/")[2], task_of(run)
     shown = ModelCardData(
         model_name=name,
         base_model=hub_id(run["arguments"]["model"]),
         base_model_relation=("finetune" if merged else "adapter") if hub_id(run["arguments"]["model"]) else None,
         library_name="transformers" if merged else "peft",
-        pipeline_tag="image-text-to-text",
+        pipeline_tag=TEXTS if task == TEXTS else "image-text-to-text",
         license=licence,
         language="en",
-        tags=["medical", "ultrasound", "fetal-ultrasound", TASK, "not-a-medical-device"],
-        eval_results=results(scores, kind, run["data"]) if scores else None,
+        tags=["medical", *(("ultrasound", "fetal-ultrasound") if kind in ULTRASOUND else ()), task, "not-a-medical-device"],
+        eval_results=results(scores, kind, run["data"], task) if scores else None,
     )
     return ModelCard.from_template(
         shown, str(TEMPLATE), name=name, notice=RESEARCH_NOTICE, kind=kind, pixels=run.get("pixels"), commit=run.get("commit"),
         what="Merged weights" if merged else "A LoRA adapter", base=base_name(run["arguments"]["model"]),
-        questions=[question.title for question in QUESTIONS.values()], training=training(run, data),
+        purpose=purpose(run, kind), ultrasound=kind in ULTRASOUND, texts=task == TEXTS, training=training(run, data),
+        tokens=list(head.tokens) if (head := choice.of_run(run)) else None,
         scores=told(scores) if scores else None, use=use(run, repo, merged), licence=licence_text(licence),
         version=sonovqa.__version__, year=run["finished"][:4],
     )  # fmt: skip
@@ -70,12 +82,33 @@ def kind_of(data: Mapping) -> str:
     return str(data.get("source", {}).get("kind") or "unknown")
 
 
+def task_of(run: Mapping) -> str:
+    """The hub's name of what a run does. Only texts have labels of the kind `TEXT_LABEL`, and they have no others."""
+    head = choice.of_run(run)
+    return TEXTS if head and TEXT_LABEL in head.sets else IMAGES
+
+
+def purpose(run: Mapping, kind: str) -> str:
+    """What a run was tuned to do, in words that follow "to": of fetal ultrasound with the titles of its questions."""
+    if task_of(run) == TEXTS:
+        return PURPOSES["csv-text"]
+    if kind not in ULTRASOUND:
+        return PURPOSES.get(kind, "answer questions about medical images")
+    head, task = choice.of_run(run), run["arguments"]["task"]
+    asked = head.sets if head else [task] if task in QUESTIONS else QUESTIONS
+    titles = [QUESTIONS[name].title for name in asked if name in QUESTIONS]
+    counted = {0: "questions", 1: "one clinical question", 8: "eight clinical questions"}
+    named = f" ({'; '.join(titles)})" if titles else ""
+    return f"answer {counted.get(len(titles), f'{len(titles)} clinical questions')} about a fetal ultrasound image{named}"
+
+
 def training(run: Mapping, data: Mapping) -> list[tuple[str, str]]:
     """Rows of the card's table on training. The data set goes by kind and fingerprint: a folder's name may name a clinic."""
     given, made = run["arguments"], run["training"]
     lora = f"LoRA r={given['rank']}, alpha={given['alpha']} on a {given['bits']}-bit base"
     train = data.get("splits", {}).get("train", {})
-    counted = f": {train['images']} images of {train['groups']} patients or groups" if "images" in train else ""
+    what = "texts" if task_of(run) == TEXTS else "images"
+    counted = f": {train['images']} {what} of {train['groups']} patients or groups" if "images" in train else ""
     best = made.get("best_validation_loss") or float("nan")
     rows = [
         ("data", f"{kind_of(data)}, fingerprint `{run['data'][:12]}`{counted}"),
@@ -87,6 +120,8 @@ def training(run: Mapping, data: Mapping) -> list[tuple[str, str]]:
                      f"peak {records.gigabytes(made['peak_memory_bytes'])}"),
         ("finished", run["finished"]),
     ]  # fmt: skip
+    if head := choice.of_run(run):
+        rows.append(("head", head.describe().replace("|", "\\|")))
     if check := run.get("merge_check"):
         same = f"{check['top_agreement']:.2%} of {check['positions']} answer positions, mean KL {check['mean_kl']:.1e} nats"
         rows.append(("merged against base + adapter", same))
@@ -118,7 +153,7 @@ def told(scores: Mapping) -> dict:
     }
 
 
-def results(scores: Mapping, kind: str, fingerprint: str) -> list:
+def results(scores: Mapping, kind: str, fingerprint: str, task: str) -> list:
     """Each question's main score as a `huggingface_hub.EvalResult`, which the hub shows beside the model."""
     from huggingface_hub import EvalResult
 
@@ -132,7 +167,7 @@ def results(scores: Mapping, kind: str, fingerprint: str) -> list:
         title = QUESTIONS[question].title if question in QUESTIONS else question
         named = f"{about['headline']}" + (f", 95 % interval {span[0]:.3f} to {span[1]:.3f}" if span else "")
         made.append(EvalResult(
-            task_type=TASK, task_name=f"{question} {title}", dataset_type=kind, dataset_name=f"{kind} {fingerprint[:12]}",
+            task_type=task, task_name=f"{question} {title}", dataset_type=kind, dataset_name=f"{kind} {fingerprint[:12]}",
             dataset_split=scores["data"]["split"], metric_type=about["headline"].lower().replace(" ", "_"),
             metric_name=f"{named}, n = {figure['n']}", metric_value=round(figure["value"], 4),
         ))  # fmt: skip
@@ -146,6 +181,8 @@ def use(run: Mapping, repo: str, merged: bool) -> str:
         return f"hf download {repo} --local-dir {folder}\nbash serve.sh {folder}"
     base = hub_id(run["arguments"]["model"]) or "BASE"
     ask = f"python inference.py --run {folder} --adapter --image scan.png"
+    if choice.of_run(run):  # inference.py takes a choice head from run.json, which is not pushed
+        ask = f"bash serve.sh {folder} --lora"
     return f"hf download {repo} --local-dir {folder}/adapter\n{ask}  # needs {base}"
 
 

@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         print(plan.shown())
         return 0
-    if args.run and (note := choosing.serving_note(args.run)):
+    for note in filter(None, map(choosing.serving_note, plan.weights.runs.values() or [args.run])):
         console.print(note, markup=False, soft_wrap=True)
     return serve(plan, args.wait, args.then, args.check)
 

@@ -3,53 +3,83 @@
 vLLM asks for its key under ``/v1``, ``/v2``, ``/inference`` and ``/cohere`` only. ``/invocations`` (SageMaker's name for chat
 completions), ``/tokenize``, ``/abort_requests``, ``/scale_elastic_ep`` and others answer anybody (vLLM 0.32,
 ``entrypoints/serve/middleware/authenticate.py``), so a server that listens beyond this machine would be open in spite of its
-key. vLLM takes this class as ``--middleware sonovqa.serving_gate.Gate``. Nothing of the project is imported here.
+key. And without a key, where only this machine reaches it, any web page open in a browser here would: vLLM lets every origin ask
+(CORS), and a name of the page's own can be made to mean 127.0.0.1 (DNS rebinding). vLLM takes this class as ``--middleware sonovqa.serving_gate.Gate``. Nothing of the project is imported here.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import re
 
 #: Paths that need no key: whether the server lives, and counts of what it did. Neither tells what was asked.
 OPEN = frozenset({"/health", "/metrics"})
 API = "/v1/"  # vLLM itself asks for the key below it
 LARGEST_BODY = 64 * 2**20  # bytes: an image of 48 MB in base64
+PARTING_SECONDS = 10  # a client has these to send what nobody reads; its answer would be lost if the connection were cut before
+#: This machine's own names, as browsers write them into Host and, after the scheme, into Origin.
+HERE = re.compile(rb"(?:https?://)?(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d*)?", re.IGNORECASE)
 
 
 class Gate:
-    """ASGI middleware. Source of the protocol: https://asgi.readthedocs.io/en/latest/specs/www.html."""
+    """ASGI middleware. Source of the protocol: https://asgi.readthedocs.io/en/latest/specs/www.html.
+
+    Whether there is a key is what ``VLLM_API_KEY``, from which vLLM takes its own, says when the server starts.
+    """
 
     def __init__(self, app):
-        self.app = app
+        self.app, self.has_key = app, bool(os.environ.get("VLLM_API_KEY"))
 
     async def __call__(self, scope, receive, send) -> None:
-        """Pass a request on, or answer 404 (no such path), 411 (length not told) or 413 (too large) as OpenAI's API does."""
-        refusal = refused(scope) if scope["type"] in ("http", "websocket") else None
+        """Pass a request on, or answer 403 (asked through a web page), 404 (no such path), 411 (length not told) or 413 (too
+        large) as OpenAI's API does."""
+        refusal = refused(scope, self.has_key) if scope["type"] in ("http", "websocket") else None
         if refusal is None:
             await self.app(scope, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            status, message = refusal
-            body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": status}}).encode()
-            headers = [
-                (b"content-type", b"application/json"),
-                (b"content-length", str(len(body)).encode()),
-                (b"connection", b"close"),
-            ]
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": body})
+            await refuse(receive, send, *refusal)
 
 
-def refused(scope: dict) -> tuple[int, str] | None:
+async def refuse(receive, send, status: int, message: str) -> None:
+    """Answer at once, then read what is still being sent and forget it, for at most `PARTING_SECONDS`.
+
+    A connection closed on bytes that nobody has read is reset, and the client loses the answer (RFC 9112, section 9.6). Reading
+    first would ask a client that waits for ``100 Continue`` for all of a body that is not wanted.
+    """
+    body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": status}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    try:
+        async with asyncio.timeout(PARTING_SECONDS):
+            while (await receive()).get("more_body"):  # a disconnect has none
+                pass
+    except TimeoutError:
+        pass
+    await send({"type": "http.response.body", "body": b""})
+
+
+def refused(scope: dict, has_key: bool = True) -> tuple[int, str] | None:
     """Status and message for a request that is not let in, ``None`` for one that is.
 
     Args:
         scope: an ASGI connection scope; of a body only the length its header tells is looked at.
+        has_key: whether vLLM asks for a key; if not, Host and Origin must be this machine's own.
     """
     path = scope["path"]
-    if path not in OPEN and not path.startswith(API):
+    if path in OPEN:
+        names = []
+    elif path.startswith(API):
+        names = [] if has_key else [value for name, value in scope["headers"] if name.lower() in (b"host", b"origin")]
+    else:
         return 404, f"no such path; {path[:80]}; /v1/…, /health and /metrics are served"
+    if strange := [name for name in names if not HERE.fullmatch(name)]:
+        told = strange[0][:80].decode("ascii", "replace")
+        return 403, f"no name of this machine; {told}; localhost and 127.0.0.1 are served; others need VLLM_API_KEY"
     headers = {name.lower(): value for name, value in scope["headers"]}
     length = headers.get(b"content-length", b"")
     if b"transfer-encoding" in headers:

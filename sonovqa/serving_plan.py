@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import cli, files, images, serving_adapters, serving_memory
+from sonovqa import cli, families, files, images, serving_adapters, serving_memory
 from sonovqa.cli import UserError
 from sonovqa.serving_adapters import compact
 
@@ -173,6 +173,7 @@ def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", por
             "a run or --adapters; one of the two; ./serve.sh outputs/a, or ./serve.sh --adapters A=outputs/a B=outputs/b"
         )
     weights = find_adapters(adapters) if adapters else find_weights(run, lora)
+    check_family(weights)
     device = installed_device() if device == "auto" else device
     command = [sys.executable, "-m", "sonovqa.vllm_server", "--model", weights.model, "--served-model-name", weights.name]
     command += ["--host", host, "--port", str(port)]
@@ -243,6 +244,14 @@ def check_host(host: str) -> None:
     """Raise `UserError` if the server would listen beyond this machine without a key."""
     if not is_loopback(host) and not os.environ.get("VLLM_API_KEY"):
         raise UserError(f"a host beyond loopback needs a key; --host {host}; export VLLM_API_KEY=$(openssl rand -hex 32)")
+
+
+def check_family(weights: Weights) -> None:
+    """Raise `UserError` for a family that vLLM does not serve (`families.Family.not_served`)."""
+    family = families.of_type(_config(weights.model).get("model_type"))
+    if family.not_served:
+        way_out = f"ask it without a server: python inference.py --run {next(iter(weights.runs.values()), weights.model)}"
+        raise UserError(f"{weights.name}; {family.name} cannot be served: {family.not_served}; {way_out} --image scan.png")
 
 
 def check_numbers(port: int, max_model_len: int | None, grace: int) -> None:

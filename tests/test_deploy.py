@@ -111,3 +111,21 @@ def test_compose_listens_on_this_machine_only_and_shows_no_key():
     from sonovqa import serving, serving_plan
 
     assert grace > serving_plan.GRACE + serving.END_GRACE
+
+
+def test_key_files_are_made_by_the_commands_given_and_never_committed():
+    made = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["secrets"]
+    names = {name: re.search(r":-\.\./([\w.]+)}", secret["file"])[1] for name, secret in made.items()}
+    (command,) = re.findall(r"^#   \((umask 077; .*)\)$", TEXT, re.MULTILINE)
+    assert set(re.findall(r"openssl rand -hex 32 > ([\w.]+)", command)) == set(names.values())
+    ignored = (ROOT / ".gitignore").read_text().split()
+    assert {"/*_key.txt", "*.key", "*.pem"} <= set(ignored) and all(name.endswith("_key.txt") for name in names.values())
+
+
+def test_kernels_are_compiled_where_they_can_be_run():
+    server = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]
+    assert server["read_only"] and server["tmpfs"] == ["/tmp:exec"]
+    (env,) = of_kind("ENV")
+    told = dict(word.split("=", 1) for word in env.split())
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        assert told[name].startswith(told["HOME"] + "/") and f"cache:{told['HOME']}" in server["volumes"]

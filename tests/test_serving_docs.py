@@ -21,8 +21,19 @@ from sonovqa import structured, torchvision_ops
 torchvision_ops.hide_unloadable("torchcodec")  # as vllm_server does in its own process
 
 PAGE = ROOT / "docs" / "serving.md"
-DRY = [command for block in blocks(PAGE) if block.mark in ("dry-run", "path") for command in commands(block.code)]
-SERVED = [command for command in DRY if "serve.sh" in command]
+
+
+def served() -> list[str]:
+    """The page's commands of serve.sh, each after what its block exports."""
+    found = []
+    for block in blocks(PAGE):
+        lines = commands(block.code) if block.mark in ("dry-run", "path") else []
+        exports = [line for line in lines if line.startswith("export ")]
+        found += ["\n".join([*exports, line]) for line in lines if "serve.sh" in line]
+    return found
+
+
+SERVED = served()
 
 
 def planned(command: str, folder: Path) -> list[str]:

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from keys_and_ports import KEYS, no_keys  # noqa: F401 - a fixture
 
-from sonovqa import serving, serving_plan
+from sonovqa import choice, families, serving, serving_plan
 from sonovqa.cli import UserError
 from sonovqa.serving_plan import Plan, make_plan
 
@@ -178,6 +179,37 @@ def test_what_cannot_be_served_is_said_in_one_line(run, spoil, told):
     with pytest.raises(UserError, match=told) as mistake:
         make_plan(run, device="gpu")
     assert "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize("kind", ["mllama", "florence2"])
+def test_families_that_vllm_does_not_serve_are_refused_with_a_way_out(run, kind, tmp_path):
+    base = model_folder(tmp_path / "base", kind=kind)
+    model_folder(run / "merged", kind=kind)
+    add_adapter(run, base)
+    for how in ({"run": run}, {"run": run, "lora": True}, {"run": None, "adapters": [f"A={run}"]}):
+        with pytest.raises(UserError) as mistake:
+            make_plan(**how, device="gpu")
+        told = str(mistake.value)
+        assert families.FAMILIES[kind].not_served in told and "python inference.py --run " in told and "\n" not in told
+
+
+def test_every_choice_run_that_is_served_says_how_to_ask_it(run, tmp_path, capsys):
+    head = choice.Head({"Q7": tuple(choice.Label(name, name, token, name) for name, token in (("normal", 5), ("abnormal", 6)))})
+    base = model_folder(tmp_path / "base")
+    served = []
+    for name, kept in (("a", head.json()), ("b", None), ("c", head.json())):
+        add_adapter(tmp_path / name, base)
+        write(tmp_path / name / "run.json", {"head": kept})
+        served.append(f"{name.upper()}={tmp_path / name}")
+    with mock.patch.object(serving, "serve", return_value=0):
+        serving.main(["--adapters", *served, "--device", "gpu"])
+    told = capsys.readouterr().out
+    assert f"--head {tmp_path / 'a'};" in told and f"--head {tmp_path / 'c'};" in told and f"--head {tmp_path / 'b'};" not in told
+    assert told.count("The page (python -m sonovqa.page) cannot ask it") == 2
+    write(run / "run.json", {"head": head.json()})
+    with mock.patch.object(serving, "serve", return_value=0):
+        serving.main([str(run), "--device", "gpu"])
+    assert f"--head {run};" in capsys.readouterr().out, "a run without a merge check says so too"
 
 
 def test_lora_without_an_adapter_or_with_too_high_a_rank(run, tmp_path):

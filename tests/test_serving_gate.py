@@ -1,0 +1,108 @@
+"""The gate before vLLM, by itself behind uvicorn as vLLM runs it: who is let in, and that a refusal arrives whole."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+import threading
+import time
+
+import pytest
+from attacks import post, sent_in_chunks
+
+from sonovqa import serving_gate
+from sonovqa.serving_gate import LARGEST_BODY, Gate
+
+uvicorn = pytest.importorskip("uvicorn")
+
+
+async def answers(scope, receive, send) -> None:
+    """What is behind the gate: it reads all and says 200."""
+    while scope["type"] == "http" and (await receive()).get("more_body"):
+        pass
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"ok"})
+
+
+class Served:
+    """The gate on a port of its own, with uvicorn's protocol ``http``."""
+
+    def __init__(self, http: str = "auto"):
+        self.server = uvicorn.Server(uvicorn.Config(Gate(answers), http=http, log_level="critical", lifespan="off"))
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def __enter__(self) -> Served:
+        self.thread.start()
+        while not self.server.started:
+            time.sleep(0.01)
+        return self
+
+    def __exit__(self, *fault) -> None:
+        self.server.should_exit = True
+        self.thread.join(timeout=20)
+        self.socket.close()
+
+    def said(self, path: str, **headers: str) -> tuple[int, str]:
+        """Status and body of a GET."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection.request("GET", path, headers=headers)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+
+
+@pytest.fixture(params=["httptools", "h11"])
+def served(request, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "a-key")
+    pytest.importorskip(request.param)
+    with Served(request.param) as made:
+        yield made
+
+
+def test_a_body_too_large_or_of_unknown_length_is_answered_before_the_connection_ends(served):
+    chat = f"{served.url}/v1/chat/completions"
+    assert post(chat, {"x": " " * LARGEST_BODY}, None) == 413
+    assert sent_in_chunks(chat, "a-key") == 411
+    assert post(f"{served.url}/invocations", {"x": " " * (1 << 22)}, None) == 404
+    assert post(chat, {"x": " " * (1 << 22)}, None) == 200
+
+
+def test_a_client_that_waits_for_leave_to_send_is_refused_without_it(served):
+    head = f"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: {LARGEST_BODY + 1}\r\nExpect: 100-continue\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as client:
+        client.sendall(head.encode())
+        assert client.recv(4096).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_never_ends_is_left(served, monkeypatch):
+    monkeypatch.setattr(serving_gate, "PARTING_SECONDS", 0.3)
+    head = f"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: {LARGEST_BODY + 1}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as client:
+        client.sendall(head.encode())
+        told = b""
+        while piece := client.recv(4096):  # until the server closes
+            told += piece
+    answer = json.loads(told.partition(b"\r\n\r\n")[2])
+    assert answer["error"]["code"] == 413 and "send a smaller image" in answer["error"]["message"]
+
+
+def test_without_a_key_only_this_machines_own_names_are_served(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with Served() as served:
+        for name in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.1.2.3:80", "[::1]", "[::1]:8000"):
+            assert served.said("/v1/models", Host=name) == (200, "ok"), name
+            assert served.said("/v1/models", Host=name, Origin=f"http://{name}") == (200, "ok"), name
+        for name in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "192.168.1.4", ""):
+            status, told = served.said("/v1/models", Host=name)
+            assert status == 403 and "\n" not in told and json.loads(told)["error"]["code"] == 403, name
+            assert served.said("/health", Host=name)[0] == served.said("/metrics", Host=name)[0] == 200
+        for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example"):
+            assert served.said("/v1/models", Origin=origin)[0] == 403, origin
+
+
+def test_with_a_key_any_name_will_do(served):
+    assert served.said("/v1/models", Host="gpu-box.example", Origin="https://gpu-box.example") == (200, "ok")
+    assert served.said("/tokenize", Host="gpu-box.example")[0] == 404

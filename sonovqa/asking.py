@@ -12,7 +12,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from sonovqa import chat, cli, files, predictions, records
-from sonovqa.endpoint import REFUSED, UNREACHED
+from sonovqa.endpoint_faults import REFUSED, UNREACHED
 from sonovqa.engines import Engine, ImageRequest, Reply
 from sonovqa.predictions import Key
 from sonovqa.questions import QUESTIONS, REPORT_ID

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from sonovqa import chat
 from sonovqa.bench_caches import Fresh
-from sonovqa.endpoint import IncompleteError, check_finished, encoded_as_seen, in_words, may_pass
+from sonovqa.endpoint import encoded_as_seen
+from sonovqa.endpoint_faults import IncompleteError, check_finished, in_words, may_pass
 from sonovqa.engines import ImageRequest
 
 IMAGE_FIRST, QUESTION_FIRST = ORDERS = ("image-first", "question-first")

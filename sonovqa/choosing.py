@@ -20,7 +20,8 @@ from pathlib import Path
 from sonovqa import chat, choice, confidence, prompt_variants, records
 from sonovqa.choice import Head
 from sonovqa.cli import UserError
-from sonovqa.endpoint import Asked, Endpoint, IncompleteError, questions_of
+from sonovqa.endpoint import Asked, Endpoint, questions_of
+from sonovqa.endpoint_faults import IncompleteError
 from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply, one_by_one
 
 #: A server renders texts as `text_only.TextTemplate` did in training: Qwen3's template else opens a block for thinking.

@@ -15,24 +15,12 @@ from urllib.parse import urlsplit
 from sonovqa import chat, credentials, endpoint_likelihoods
 from sonovqa.cli import UserError
 from sonovqa.endpoint_dialect import Dialect
+from sonovqa.endpoint_faults import IncompleteError, check_finished, in_words, may_pass
 from sonovqa.endpoint_likelihoods import Weighed
 from sonovqa.engines import EngineError, ImageRequest, LabelReply, LabelRequest, Reply
 
-#: HTTP statuses worth another try: the server was busy, restarting or behind an overloaded proxy.
-PASSING = frozenset({408, 409, 425, 429})
-#: vLLM answers a race for its tokenizer with HTTP 400; the next try goes through. Source: DESIGN.md, seen at 128 in flight.
-ALREADY_BORROWED = "Already borrowed"
 KEY_NAMES = ("VLLM_API_KEY", "OPENAI_API_KEY")
 LONGEST_PAUSE = 30.0  # seconds between two tries, whatever the server asks for
-FINISHED = ("stop", "length")
-#: How the error of a request begins that got no answer at all, as if nobody were there.
-UNREACHED = ("connection failed", "no answer in time")
-#: How it begins where no request will be answered either: the key or the model is not the server's (any more).
-REFUSED = ("HTTP 401", "HTTP 403", "HTTP 404")
-
-
-class IncompleteError(Exception):
-    """The server answered with status 200 and no usable answer: empty, cut off, or not a chat completion."""
 
 
 @dataclass(frozen=True)
@@ -323,34 +311,3 @@ def _read(completion, blank_allowed: bool = False) -> tuple[str, str, int]:
         raise IncompleteError("the endpoint's answer is no chat completion") from None
     check_finished(reason, not text.strip() and not blank_allowed)
     return text.strip(), reason, tokens
-
-
-def check_finished(reason: str | None, empty: bool) -> None:
-    """Raise `IncompleteError` for an answer that is empty or did not come to its end."""
-    if reason not in FINISHED:
-        raise IncompleteError(f"the answer was not finished ({reason})" if reason else "the answer was cut off")
-    if empty:
-        raise IncompleteError("the answer is empty")
-
-
-def may_pass(fault: Exception) -> bool:
-    """Whether the same request may succeed later. Anything that is not an HTTP status (connection, time, cut) may."""
-    status = getattr(fault, "status_code", None)
-    return status is None or status in PASSING or status >= 500 or (status == 400 and ALREADY_BORROWED in str(fault))
-
-
-def in_words(fault: Exception) -> str:
-    """A fault in one line: the server's own message where it sent one."""
-    import openai
-
-    if isinstance(fault, openai.APITimeoutError | TimeoutError):
-        return "no answer in time"
-    if isinstance(fault, openai.APIConnectionError):
-        return f"connection failed ({str(fault.__cause__ or fault).strip() or type(fault.__cause__).__name__})"
-    body = getattr(fault, "body", None)
-    message = body.get("message") if isinstance(body, dict) else None
-    status = getattr(fault, "status_code", None)
-    line = " ".join(str(message or fault).split())[:300]
-    if status is None:
-        return line
-    return f"HTTP {status}: {line if message else fault.response.reason_phrase}"

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from sonovqa import chat, confidence, endpoint_likelihoods
 from sonovqa.cli import UserError
 from sonovqa.conversation import LONGEST_HISTORY, followed
-from sonovqa.endpoint import Endpoint, IncompleteError, check_finished, in_words, may_pass
+from sonovqa.endpoint import Endpoint
+from sonovqa.endpoint_faults import IncompleteError, check_finished, in_words, may_pass
 from sonovqa.page_uploads import Upload
 from sonovqa.questions import QUESTIONS, REPORT_ID
 

@@ -3,8 +3,9 @@
 vLLM asks for its key under ``/v1``, ``/v2``, ``/inference`` and ``/cohere`` only. ``/invocations`` (SageMaker's name for chat
 completions), ``/tokenize``, ``/abort_requests``, ``/scale_elastic_ep`` and others answer anybody (vLLM 0.32,
 ``entrypoints/serve/middleware/authenticate.py``), so a server that listens beyond this machine would be open in spite of its
-key. And without a key, where only this machine reaches it, any web page open in a browser here would: vLLM lets every origin ask
-(CORS), and a name of the page's own can be made to mean 127.0.0.1 (DNS rebinding). vLLM takes this class as ``--middleware sonovqa.serving_gate.Gate``. Nothing of the project is imported here.
+key. And without a key, where only this machine reaches it, any web page open in a browser here could ask: its own name can be
+made to mean 127.0.0.1 (DNS rebinding), and then it asks its own origin, which no rule of CORS forbids. vLLM takes this class as
+``--middleware sonovqa.serving_gate.Gate``. Nothing of the project is imported here.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ OPEN = frozenset({"/health", "/metrics"})
 API = "/v1/"  # vLLM itself asks for the key below it
 LARGEST_BODY = 64 * 2**20  # bytes: an image of 48 MB in base64
 PARTING_SECONDS = 10  # a client has these to send what nobody reads; its answer would be lost if the connection were cut before
-#: This machine's own names, as browsers write them into Host and, after the scheme, into Origin.
-HERE = re.compile(rb"(?:https?://)?(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d*)?", re.IGNORECASE)
+#: This machine's own names as Host gives them. Browsers always send one, and a web page cannot choose it.
+HERE = re.compile(rb"(?:localhost|127(?:\.\d{1,3}){3}|\[::1\])(?::\d*)?", re.IGNORECASE)
 
 
 class Gate:
@@ -33,7 +34,7 @@ class Gate:
         self.app, self.has_key = app, bool(os.environ.get("VLLM_API_KEY"))
 
     async def __call__(self, scope, receive, send) -> None:
-        """Pass a request on, or answer 403 (asked through a web page), 404 (no such path), 411 (length not told) or 413 (too
+        """Pass a request on, or answer 403 (called by a strange name), 404 (no such path), 411 (length not told) or 413 (too
         large) as OpenAI's API does."""
         refusal = refused(scope, self.has_key) if scope["type"] in ("http", "websocket") else None
         if refusal is None:
@@ -68,13 +69,13 @@ def refused(scope: dict, has_key: bool = True) -> tuple[int, str] | None:
 
     Args:
         scope: an ASGI connection scope; of a body only the length its header tells is looked at.
-        has_key: whether vLLM asks for a key; if not, Host and Origin must be this machine's own.
+        has_key: whether vLLM asks for a key; if not, Host must be a name of this machine's own.
     """
     path = scope["path"]
     if path in OPEN:
         names = []
     elif path.startswith(API):
-        names = [] if has_key else [value for name, value in scope["headers"] if name.lower() in (b"host", b"origin")]
+        names = [] if has_key else [value for name, value in scope["headers"] if name.lower() == b"host"]
     else:
         return 404, f"no such path; {path[:80]}; /v1/…, /health and /metrics are served"
     if strange := [name for name in names if not HERE.fullmatch(name)]:

@@ -16,8 +16,9 @@ from conftest import ROOT
 from hub_stand_in import TOKEN, Hub
 
 import train
-from sonovqa import files, hub, model_card
+from sonovqa import choice, files, hub, model_card
 from sonovqa.cli import RESEARCH_NOTICE, UserError
+from sonovqa.questions import QUESTIONS
 
 SECRETS = ("Jane-Doe", "St-Elsewhere", "P0042", "Doe, Jane")
 
@@ -129,6 +130,52 @@ def test_card_of_a_hub_base_names_it_and_its_licence(server, trained):
         "apache-2.0",
     )
     assert "Not evaluated yet" in card and "needs Qwen/Qwen3-VL-8B-Instruct" in card
+
+
+def as_choice_run(
+    trained: Path, folder: Path, kind: str, question: str, labels: dict[str, int], task: str = "all"
+) -> choice.Head:
+    """A copy of a run that answers by a choice head, on a data set of ``kind``; the head."""
+    head = choice.Head({question: tuple(choice.Label(name, name, token, name[0]) for name, token in labels.items())})
+    shutil.copytree(trained, folder / "chosen")
+    shutil.rmtree(folder / "chosen" / "eval-test")
+    files.write_json(folder / "dataset.json", {"fingerprint": "toy", "source": {"kind": kind}})
+    run = files.read_json(folder / "chosen" / "run.json") | {"head": head.json()}
+    run["arguments"] |= {"data": str(folder), "task": task}
+    files.write_json(folder / "chosen" / "run.json", run)
+    return head
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_choice_run_is_pushed_with_its_labels_and_their_tokens(server, trained, tmp_path, merged):
+    head = as_choice_run(trained, tmp_path, "sheet", "Q7", {"normal": 5, "abnormal": 6}, "Q7")
+    hub.push(tmp_path / "chosen", "clinic/chosen", merged)
+    pushed = server.repos["clinic/chosen"]["files"]
+    assert choice.from_json(json.loads(pushed["choice_head.json"])) == head
+    text, told = " ".join(pushed["README.md"].decode().split()), metadata(pushed["README.md"])
+    assert "| head | choice of Q7: normal, abnormal |" in text
+    assert f"tuned to answer one clinical question about a fetal ultrasound image ({QUESTIONS['Q7'].title})" in text
+    assert "`allowed_token_ids`" in text and "[5, 6]" in text and "inference.py" not in text
+    assert told["pipeline_tag"] == "image-text-to-text" and "fetal-ultrasound" in told["tags"]
+
+
+def test_card_of_texts_speaks_of_texts(server, trained, tmp_path):
+    as_choice_run(trained, tmp_path, "csv-text", "label", {"urgent": 5, "not|urgent": 6})
+    hub.push(tmp_path / "chosen", "clinic/notes")
+    pushed = server.repos["clinic/notes"]["files"]
+    card, told = pushed["README.md"].decode(), metadata(pushed["README.md"])
+    assert told["pipeline_tag"] == "text-classification" and "text-classification" in told["tags"]
+    assert not {"ultrasound", "fetal-ultrasound", "visual-question-answering"} & set(told["tags"])
+    body = card.partition("## Citation")[0].replace(RESEARCH_NOTICE, "")
+    assert "tuned to put labels on texts" in card and "not\\|urgent" in card
+    assert not any(word in body for word in ("image first", "fetal ultrasound", "It reads pixels", "grey image"))
+
+
+@pytest.mark.parametrize(("kind", "said"), [("vqa-rad", "about radiology images"), ("documents", "clinical documents")])
+def test_card_of_other_images_claims_no_ultrasound(trained, kind, said):
+    card = str(model_card.make(files.read_json(trained / "run.json"), None, {"source": {"kind": kind}}, "me/x", False))
+    assert said in card and "fetal" not in card.partition("## Citation")[0].replace(RESEARCH_NOTICE, "")
+    assert not {"ultrasound", "fetal-ultrasound"} & set(metadata(card.encode())["tags"])
 
 
 def test_a_second_push_sends_weights_no_second_time(server, trained):

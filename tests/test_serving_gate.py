@@ -94,15 +94,12 @@ def test_without_a_key_only_this_machines_own_names_are_served(monkeypatch):
     with Served() as served:
         for name in ("localhost", "LOCALHOST:8000", "127.0.0.1", "127.1.2.3:80", "[::1]", "[::1]:8000"):
             assert served.said("/v1/models", Host=name) == (200, "ok"), name
-            assert served.said("/v1/models", Host=name, Origin=f"http://{name}") == (200, "ok"), name
         for name in ("evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "192.168.1.4", ""):
             status, told = served.said("/v1/models", Host=name)
             assert status == 403 and "\n" not in told and json.loads(told)["error"]["code"] == 403, name
             assert served.said("/health", Host=name)[0] == served.said("/metrics", Host=name)[0] == 200
-        for origin in ("https://evil.example", "null", "http://127.0.0.1.evil.example"):
-            assert served.said("/v1/models", Origin=origin)[0] == 403, origin
 
 
 def test_with_a_key_any_name_will_do(served):
-    assert served.said("/v1/models", Host="gpu-box.example", Origin="https://gpu-box.example") == (200, "ok")
+    assert served.said("/v1/models", Host="gpu-box.example") == (200, "ok")
     assert served.said("/tokenize", Host="gpu-box.example")[0] == 404

@@ -8,6 +8,7 @@ import json
 import math
 import time
 
+import httpx2
 import page_serving
 import pytest
 import stand_in
@@ -114,15 +115,22 @@ def test_a_model_that_takes_no_max_tokens_is_asked_in_its_own_terms(tmp_path):
     assert second["max_completion_tokens"] == first["max_tokens"] and second["stream"] and second["logprobs"]
 
 
-def test_a_reader_who_leaves_in_mid_stream_leaves_nothing_behind(tmp_path, capfd):
-    slow = page_serving.told("one two three four five six seven eight nine ten", SURE, pause=0.1)
-    with stand_in.StandIn(lambda prompt, attempt: slow) as behind, Running(behind.url, tmp_path, "--no-labels") as running:
-        import httpx2
-
+@pytest.mark.parametrize(
+    ("answer", "seconds"),
+    [
+        (page_serving.told("one two three four five six seven", SURE, pause=0.1), 0.2),
+        (page_serving.told("word" * 2_000_000 + " a" * 9, SURE), 2.0),
+    ],
+    ids=["while the model speaks", "while the page has given up a reader"],
+)
+def test_a_reader_who_leaves_in_mid_stream_leaves_nothing_behind(tmp_path, capfd, monkeypatch, answer, seconds):
+    monkeypatch.setattr(page_guard, "PIECE_SECONDS", 0.3)  # for which the page waits for a reader
+    with stand_in.StandIn(lambda prompt, attempt: answer) as behind, Running(behind.url, tmp_path, "--no-labels") as running:
         name = httpx2.post(running.url + "api/images", content=png(), headers=BYTES, trust_env=False).json()["image"]
         for more in ({}, {"question": "Q1"}, {"turns": ["Which plane is this?"]}):
             with httpx2.stream("POST", running.url + "api/answers", json={"image": name} | more, trust_env=False) as reply:
-                assert next(reply.iter_lines())
+                assert next(reply.iter_bytes())
+                time.sleep(seconds)
         waited = time.monotonic()
         while running.page.answering.inside and time.monotonic() - waited < 10:
             time.sleep(0.02)

@@ -8,6 +8,7 @@ import json
 import math
 import time
 
+import httpx2
 import page_serving
 import pytest
 import stand_in
@@ -15,7 +16,7 @@ from keys_and_ports import no_keys  # noqa: F401 - a fixture
 from page_serving import ANSWERS, SURE, UNSURE, Running, arguments, bomb, png, script
 from starlette.testclient import TestClient
 
-from sonovqa import chat, page, page_answers, page_guard
+from sonovqa import chat, page, page_answers, page_app, page_guard
 from sonovqa.page_uploads import Shelf, read
 
 KEY = "a-key-of-the-page-test"
@@ -115,14 +116,12 @@ def test_a_model_that_takes_no_max_tokens_is_asked_in_its_own_terms(tmp_path):
 
 
 def test_a_reader_who_leaves_in_mid_stream_leaves_nothing_behind(tmp_path, capfd):
-    slow = page_serving.told("one two three four five six seven eight nine ten", SURE, pause=0.1)
+    slow = page_serving.told("one two three four five six seven", SURE, pause=0.1)
     with stand_in.StandIn(lambda prompt, attempt: slow) as behind, Running(behind.url, tmp_path, "--no-labels") as running:
-        import httpx2
-
         name = httpx2.post(running.url + "api/images", content=png(), headers=BYTES, trust_env=False).json()["image"]
         for more in ({}, {"question": "Q1"}, {"turns": ["Which plane is this?"]}):
             with httpx2.stream("POST", running.url + "api/answers", json={"image": name} | more, trust_env=False) as reply:
-                assert next(reply.iter_lines())
+                assert next(reply.iter_bytes())
         waited = time.monotonic()
         while running.page.answering.inside and time.monotonic() - waited < 10:
             time.sleep(0.02)
@@ -136,6 +135,14 @@ def test_events_can_be_closed_and_faults_are_not_swallowed(tmp_path, monkeypatch
         assert (await anext(events))["piece"] == "x"
         await events.aclose()
 
+    async def stalled(endpoint) -> None:
+        async def send(message) -> None:
+            if message.get("body"):
+                raise TimeoutError  # as Guard's, which expects this one back
+
+        scope = {"type": "http", "asgi": {"spec_version": "2.3"}}
+        await page_app.EventStream(endpoint.eight(None, None), page_guard.Gate(1))(scope, asyncio.Event().wait, send)
+
     async def whole(endpoint) -> list:
         return [event async for event in endpoint.eight(None, None)]
 
@@ -147,6 +154,8 @@ def test_events_can_be_closed_and_faults_are_not_swallowed(tmp_path, monkeypatch
     endpoint = page_answers.PageEndpoint("http://127.0.0.1:1/v1")
     monkeypatch.setattr(endpoint, "standard", standard)
     asyncio.run(closed(endpoint))
+    with pytest.raises(TimeoutError):
+        asyncio.run(stalled(endpoint))
     with pytest.raises(RuntimeError, match="of the page's own"):
         asyncio.run(whole(endpoint))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sonovqa import torchvision_ops
 from sonovqa.cli import UserError
 from sonovqa.metrics import Score, mean
 
@@ -36,6 +37,7 @@ class BertScore:
     """
 
     def __init__(self, model: str):
+        torchvision_ops.declare()  # before the first import of transformers, which notes what is installed
         from transformers import AutoModel, AutoTokenizer
 
         try:

@@ -226,9 +226,7 @@ class Endpoint:
         return credentials.key(*self.key_names)
 
     def _in_words(self, fault: Exception) -> str:
-        """A fault in one line, without the key: some servers and proxies send a request's headers back in their errors."""
-        line, key = in_words(fault), self._key()
-        return line.replace(key, "[key]") if key else line
+        return in_words(fault, self._key())
 
     def _client(self, kind, timeout: float | None = None):
         import openai

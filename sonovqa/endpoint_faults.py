@@ -31,18 +31,21 @@ def may_pass(fault: Exception) -> bool:
     return status is None or status in PASSING or status >= 500 or (status == 400 and ALREADY_BORROWED in str(fault))
 
 
-def in_words(fault: Exception) -> str:
-    """A fault in one line: the server's own message where it sent one."""
+def in_words(fault: Exception, key: str | None = None) -> str:
+    """A fault in one line, the server's own message where it sent one; without the ``key``, which some servers and proxies
+    send back with a request's headers."""
     import openai
 
     if isinstance(fault, openai.APITimeoutError | TimeoutError):
         return "no answer in time"
     if isinstance(fault, openai.APIConnectionError):
-        return f"connection failed ({str(fault.__cause__ or fault).strip() or type(fault.__cause__).__name__})"
+        told = str(fault.__cause__ or fault).strip() or type(fault.__cause__).__name__
+        return f"connection failed ({told.replace(key, '[key]') if key else told})"
     body = getattr(fault, "body", None)
     message = body.get("message") if isinstance(body, dict) else None
     status = getattr(fault, "status_code", None)
-    line = " ".join(str(message or fault).split())[:300]
+    line = " ".join(str(message or fault).split())
+    line = (line.replace(key, "[key]") if key else line)[:300]  # cut afterwards: half a key would not be found
     if status is None:
         return line
     return f"HTTP {status}: {line if message else fault.response.reason_phrase}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 import types
 
 import numpy as np
 import pytest
 import torch
-from conftest import noise_image
+from conftest import ROOT, noise_image
 from evaluating import FakeEngine, data, no_report, perfect  # noqa: F401 - fixtures
 from hypothesis import given
 from hypothesis import strategies as st
@@ -289,6 +291,13 @@ def test_bertscore_is_greedy_matching_and_names_its_model(bert, tokenizer):
     precision = sum(max(float(x @ y) for x in a) for y in b) / len(b)
     expected = 2 * recall * precision / (recall + precision)
     assert score(["axial abdomen"], ["sagittal spine"]).value == pytest.approx(expected, abs=1e-5)
+
+
+def test_bertscore_needs_nothing_loaded_before_it(bert):
+    """`evaluate.py score` loads no other model: the first import of transformers is then BERTScore's own."""
+    code = "import sys; from sonovqa.bertscore import BertScore; print(BertScore(sys.argv[1])(['femur'], ['femur']).value)"
+    done = subprocess.run([sys.executable, "-c", code, str(bert)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert float(done.stdout) == pytest.approx(1.0, abs=1e-5), done.stderr
 
 
 def test_bertscore_fetches_nothing(tmp_path):

@@ -18,9 +18,16 @@ from test_serving_plan import add_adapter, model_folder
 
 from sonovqa import structured, torchvision_ops
 
-torchvision_ops.hide_unloadable("torchcodec")  # as vllm_server does in its own process
-
 PAGE = ROOT / "docs" / "serving.md"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_torchcodec():
+    """Hidden as vllm_server does it in its own process, and there again for the tests after these: datasets asks for it."""
+    torchvision_ops.hide_unloadable("torchcodec")
+    yield
+    if "torchcodec" in sys.modules and sys.modules["torchcodec"] is None:
+        del sys.modules["torchcodec"]
 
 
 def served() -> list[str]:

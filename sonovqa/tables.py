@@ -131,7 +131,7 @@ def _body(record: Mapping) -> str:
 
 def _source(path: str, record: Mapping) -> str:
     """Where a record lies, of what device and date it is, and the command that made it."""
-    parts = [f"[{path}](outputs/records/{path})", record.get("device", {}).get("name"), record.get("run")]
+    parts = [f"[{path}](outputs/records/{path})", record.get("weights"), record.get("device", {}).get("name"), record.get("run")]
     parts += [(record.get("finished") or record.get("updated") or "")[:10]]
     if record.get("commit"):
         parts.append(f"commit {record['commit'][:8]}{' (dirty)' if record.get('dirty') else ''}")

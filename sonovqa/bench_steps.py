@@ -280,7 +280,7 @@ def _load(work: Work):
     loaded = models.load_for_training(models.locate(work.model), work.bits, checkpointing=work.checkpointing)
     model = models.adapt(loaded, models.Adapting(rank=work.rank, seed=work.seed))
     if backend == "unsloth":
-        model.for_training(use_gradient_checkpointing="unsloth" if work.checkpointing else False)
+        model.for_training(use_gradient_checkpointing=models.recomputing(work.checkpointing))
         return loaded, model
     model.train()
     if work.checkpointing and torch.cuda.is_available():

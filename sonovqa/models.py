@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging as stdlib_logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,6 +193,12 @@ def quiet() -> None:
     stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)
 
 
+def recomputing(on: bool) -> str | bool:
+    """Unsloth's ``use_gradient_checkpointing``: its own, which keeps hidden states in main memory meanwhile; plain with several
+    processes, whose GPUs share the way there (two H200s, 8B, 16 images of 475 tokens each: 1.66 against 1.75 s a step)."""
+    return on and ("unsloth" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else True)
+
+
 def _load_unsloth(name: str, bits: int, checkpointing: bool):
     import unsloth
 
@@ -206,7 +213,7 @@ def _load_unsloth(name: str, bits: int, checkpointing: bool):
             max_seq_length=32768,
             # The very weights that the adapter is merged onto later, not Unsloth's own quantised upload of them.
             use_exact_model_name=True,
-            use_gradient_checkpointing="unsloth" if checkpointing else False,
+            use_gradient_checkpointing=recomputing(checkpointing),
         )
     return model
 
@@ -280,7 +287,7 @@ def adapt(loaded: Loaded, how: Adapting):
             model, r=how.rank, lora_alpha=how.alpha, lora_dropout=how.dropout, bias="none", random_state=how.seed,
             finetune_vision_layers=how.vision, finetune_language_layers=how.language,
             finetune_attention_modules=how.attention, finetune_mlp_modules=how.mlp,
-            use_gradient_checkpointing="unsloth" if how.checkpointing else False,  # its default overrides the loader's choice
+            use_gradient_checkpointing=recomputing(how.checkpointing),  # its default overrides the loader's choice
         )  # fmt: skip
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training

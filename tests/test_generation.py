@@ -59,7 +59,7 @@ def test_batched_shared_answers_equal_one_at_a_time(family, share, tokenizer):
             assert got[name, question_id].text == processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
             assert got[name, question_id].error is None
             texts.add(got[name, question_id].text)
-    assert len(texts) > 3, "answers that are all alike could not show a mix-up"
+    assert len(texts) >= 3, "answers that are all alike could not show a mix-up"
 
 
 def test_unreadable_image_fails_alone(tokenizer):

@@ -192,7 +192,7 @@ class Page:
     def _image(self, told: Mapping) -> Upload:
         return self.shelf.get(text_of(told, "image", LONGEST_CONTEXT))
 
-    async def _json(self, request: Request, most: int = LARGEST_JSON, seconds: float = page_guard.BODY_SECONDS) -> dict:
+    async def _json(self, request: Request, most: int = LARGEST_JSON, seconds: float | None = None) -> dict:
         data = await read_body(request, most, "application/json", seconds)
         try:
             told = json.loads(data)

@@ -92,13 +92,13 @@ class Gate:
             self.inside -= 1
 
 
-async def read_body(request: Request, most: int, kind: str, seconds: float = BODY_SECONDS) -> bytes:
+async def read_body(request: Request, most: int, kind: str, seconds: float | None = None) -> bytes:
     """A request's body, counted as it comes.
 
     Args:
         most: bytes; more are refused by the ``Content-Length`` before anything is read, or as soon as they were sent.
         kind: the content type it must have. Neither that of JSON nor that of bytes can be sent by a form of another site.
-        seconds: until it must be whole.
+        seconds: until it must be whole; ``None``: `BODY_SECONDS`.
 
     Raises:
         Refusal: 413 too large, 415 of another kind, 408 too slow.
@@ -111,7 +111,7 @@ async def read_body(request: Request, most: int, kind: str, seconds: float = BOD
         raise too_large
     body, pieces = bytearray(), request.stream()
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(BODY_SECONDS if seconds is None else seconds):
             while True:
                 piece = await asyncio.wait_for(anext(pieces, None), PIECE_SECONDS)
                 if piece is None:

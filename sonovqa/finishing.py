@@ -138,7 +138,8 @@ def say_end(args: argparse.Namespace, folder: Path, run: dict) -> None:
     loss = float("nan") if made["best_validation_loss"] is None else made["best_validation_loss"]
     console.print(
         f"trained {made['steps']} steps in {records.duration(made['seconds'])}: {made['answers_per_second']:.1f} answers/s, "
-        f"peak {records.gigabytes(made['peak_memory_bytes'])}, least validation loss {loss:.4f}; kept: after {made['kept_step']} steps"
+        f"peak {records.gigabytes(made['peak_memory_bytes'])}, least validation loss {loss:.4f}; "
+        f"kept: after {made['kept_step']} steps"
     )
     if check:
         console.print(

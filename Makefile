@@ -51,9 +51,14 @@ experiments-table: install
 	$(PY) -m sonovqa.tables
 
 # Shared image prefix against separate sequences, raw steps, then train.py against the peers' way; then answering.
+# On a GPU box: make bench BENCH_MODEL=Qwen/Qwen3-VL-8B-Instruct BENCH_SIZE="512x384 800x600" BENCH_PAIRS="64 128 256"
 BENCH_DATA ?= data/phantoms-bench
 BENCH_MODEL ?= tiny
+BENCH_SIZE ?= 128x96
+BENCH_PAIRS ?= 64 128
+BENCH_TRAIN = $(PY) -m sonovqa.bench train --data $(BENCH_DATA) --model $(BENCH_MODEL) --size $(BENCH_SIZE) --pairs $(BENCH_PAIRS)
 bench: install
 	test -e $(BENCH_DATA)/dataset.json || $(PY) prepare_dataset.py phantoms --images 400 --size 400x300 --out $(BENCH_DATA)
-	$(PY) -m sonovqa.bench train --data $(BENCH_DATA) --model $(BENCH_MODEL) --size 128x96 --pairs 64 128
+	$(BENCH_TRAIN)
+	$(BENCH_TRAIN) --end-to-end
 	$(PY) -m sonovqa.bench answer --data $(BENCH_DATA) --model $(BENCH_MODEL)

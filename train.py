@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 from sonovqa import (
     choice,
     cli,
+    devices,
     families,
     hub,
     memory,
@@ -103,6 +103,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     console.quiet = int(os.environ.get("RANK", 0)) > 0  # of several processes one prints
+    devices.take_gpu()
     args = parse(argv)
     check(args)
     folder, settings = name_run(args), resuming.settings(args)
@@ -191,6 +192,7 @@ def load(args: argparse.Namespace):
     wanted = memory.Training(rank, args.batch, args.max_pixels, args.optimizer, args.checkpointing, args.merge)
     memory.check_training(base, args.bits, wanted)
     console.print(f"loading {args.model} in {args.bits} bits with {backend}: {why}")
+    devices.tell_idle()
     loaded = models.load_for_training(base, args.bits, (args.min_pixels, args.max_pixels), args.backend, args.checkpointing)
     return loaded, base
 
@@ -227,6 +229,8 @@ def plan(args: argparse.Namespace, splits, encoder) -> dict:
     how = weighting.Weighting(args.loss_mean, questions, args.balance, args.balance_question)
     asked = (encoder, args.task, args.prompts, shared, args.max_tokens)
     plans = {"train": planning.plan_split(splits["train"], "train", *asked, how)}
+    if args.patience and not len(splits["validation"]):
+        raise UserError(f"--patience {args.patience}; {args.data} has no validation split to lose patience with; leave it out")
     if len(splits["validation"]):
         plans["validation"] = planning.plan_split(splits["validation"], "validation", *asked, how.for_validation())
     return plans
@@ -291,10 +295,5 @@ def resume_from(args: argparse.Namespace, folder: Path) -> str | None:
     return str(found) if found else None
 
 
-def how_to_go_on() -> str:
-    words = [word for word in sys.argv if word != "--resume"]
-    return f"go on with: python {shlex.join([*words, '--resume'])}"
-
-
 if __name__ == "__main__":
-    cli.run(main, resume=how_to_go_on())
+    cli.run(main, resume=resuming.way_on(sys.argv))

@@ -33,10 +33,10 @@ def model_of(args: argparse.Namespace) -> tuple[str, Path | None]:
         UserError: if the run has no merged weights.
     """
     folder = Path(args.run)
+    if args.adapter and (folder / "adapter").is_dir():
+        return files.read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"], folder / "adapter"
     if not (folder / "run.json").exists():
         return args.run, None
-    if args.adapter:
-        return files.read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"], folder / "adapter"
     if not (folder / "merged").is_dir():
         raise UserError(f"{folder} has no merged/ weights; use --adapter, or train.py with --merge")
     return str(folder / "merged"), None
@@ -79,7 +79,7 @@ def engine_of(run: str | Path, model, processor, batch_images: int = 8, share: b
     Raises:
         UserError: if a text-only model is to generate answers.
     """
-    head = choice.of_run(records.run_behind(run))
+    head = choice.behind(run)
     if head:
         from sonovqa.choosing import ChoiceEngine
 

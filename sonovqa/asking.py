@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from sonovqa import chat, cli, files, predictions, records
+from sonovqa import chat, cli, files, images, predictions, records
 from sonovqa.endpoint_faults import REFUSED, UNREACHED
 from sonovqa.engines import Engine, ImageRequest, Reply
 from sonovqa.predictions import Key
@@ -79,17 +79,7 @@ def image_bytes(raw_split, row: int) -> bytes | None:
 
 def image_sizes(raw_split, rows: Iterable[int]) -> dict[int, Size | None]:
     """Width and height of images in pixels as they are shown (EXIF rotation applied), by the files' heads; ``None``: a text."""
-    from PIL import Image
-
-    sizes = {}
-    for row in rows:
-        if raw_split[row]["image"] is None:
-            sizes[row] = None
-            continue
-        with Image.open(io.BytesIO(image_bytes(raw_split, row))) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5  # orientation 5 to 8: rotated by a quarter
-            sizes[row] = image.size[::-1] if turned else image.size
-    return sizes
+    return {row: images.size_of(image_bytes(raw_split, row)) if raw_split[row]["image"] else None for row in rows}
 
 
 def mean_grey(raw_split, sample: int = 64) -> int:

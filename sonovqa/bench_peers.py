@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_records, bench_steps, chat, models, planning
+from sonovqa import bench_records, bench_steps, chat, devices, images, models
 from sonovqa.cli import UserError, console
 
 #: Unsloth's ``use_gradient_checkpointing`` by word of a setting: its own (offloading), torch's, none.
@@ -130,7 +130,7 @@ def prompt_completions(work: Work, processor):
     template = chat.Template(processor)
     samples = []
     for row in _rows(work):
-        context = chat.context_for(row.get("context"), planning.image_size(row["image"]["bytes"]))
+        context = chat.context_for(row.get("context"), images.size_of(row["image"]["bytes"]))
         for task in chat.tasks_of(row):
             prompt = template.prefix(context) + template.branch(task["prompt"])
             samples.append({"images": [row["image"]], "prompt": prompt, "completion": task["answer"] + template.end_of_turn})
@@ -140,12 +140,10 @@ def prompt_completions(work: Work, processor):
 
 def _rows(work: Work):
     """train.py's images in the order in which its sampler draws them, so that both losses are of the same pairs at each step."""
-    from accelerate.data_loader import SeedableRandomSampler
+    from sonovqa.sampling import Draws
 
     split, _ = bench_steps.like_rows(work.data)
-    return bench_steps.drawn(split, work.images, work.data, work.seed).select(
-        SeedableRandomSampler(range(work.images), data_seed=work.seed)
-    )
+    return bench_steps.drawn(split, work.images, work.data, work.seed).select(Draws(work.images, work.seed).order())
 
 
 def _load(work: Work):
@@ -190,7 +188,7 @@ def _configuration(work: Work, folder: str):
     import torch
     from trl import SFTConfig
 
-    cuda, dtype = torch.cuda.is_available(), models.compute_dtype()
+    cuda, dtype = torch.cuda.is_available(), devices.compute_dtype()
     return SFTConfig(
         output_dir=folder,
         max_steps=work.warmup + work.steps,

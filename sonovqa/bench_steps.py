@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_records, chat, cli, dataset, families, models, planning, records
+from sonovqa import bench_records, chat, cli, dataset, devices, families, models, planning, records
 from sonovqa.cli import UserError, console
 
 LEARNING_RATE, CLIP = 2e-4, 1.0  # train.py's default and the trainer's
@@ -159,7 +159,7 @@ def one_step(model, trained: Sequence, optimizer, batches: Sequence[dict]):
     total = torch.zeros((), device=device)
     for batch in batches:
         placed = {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-        mixed = torch.autocast("cuda", models.compute_dtype()) if device.type == "cuda" else contextlib.nullcontext()
+        mixed = torch.autocast("cuda", devices.compute_dtype()) if device.type == "cuda" else contextlib.nullcontext()
         with mixed:
             loss = losses.weighted_sum(*losses.answer_logits(model, placed)) / weight
         loss.backward()
@@ -280,7 +280,7 @@ def _load(work: Work):
     loaded = models.load_for_training(models.locate(work.model), work.bits, checkpointing=work.checkpointing)
     model = models.adapt(loaded, models.Adapting(rank=work.rank, seed=work.seed))
     if backend == "unsloth":
-        model.for_training(use_gradient_checkpointing=models.recomputing(work.checkpointing))
+        model.for_training(use_gradient_checkpointing=devices.recomputing(work.checkpointing))
         return loaded, model
     model.train()
     if work.checkpointing and torch.cuda.is_available():

@@ -12,7 +12,7 @@ import io
 import re
 from collections.abc import Mapping
 
-from sonovqa import prompt_variants
+from sonovqa import images, prompt_variants
 from sonovqa.questions import REPORT_ID, SYSTEM_TEXT, YES_NO_TASK, report_text
 
 QUESTION_MARK, _ANSWER = "\u2060QUESTION\u2060", "\u2060ANSWER\u2060"  # word joiners: no sheet and no template holds these
@@ -120,7 +120,7 @@ def messages(image, prompt: str, context: str | None = None, answer: str | None 
 def openai_messages(image: bytes, prompt: str, context: str | None = None, mime: str = "image/png") -> list[dict]:
     """The same messages for an OpenAI-compatible endpoint; ``image`` holds an encoded file's bytes, sent as a data URL."""
     if context and _PIXEL_SIZE.search(context):
-        context = context_for(context, _size_of(image))
+        context = context_for(context, images.size_of(image))
     turns = messages(None, prompt, context)
     turns[0]["content"] = SYSTEM_TEXT  # some servers refuse a list here; templates render both alike
     url = f"data:{mime};base64,{base64.b64encode(image).decode()}"
@@ -186,11 +186,3 @@ def open_image(data: bytes):
 
     with Image.open(io.BytesIO(data)) as image:
         return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def _size_of(data: bytes) -> tuple[int, int]:
-    """Width and height by an image file's header, for files without EXIF rotation."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        return image.size

@@ -21,11 +21,13 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from sonovqa import chat, confidence
+from sonovqa import chat, confidence, files, records
 from sonovqa.cli import UserError, console
 
 GENERATE, CHOICE = "generate", "choice"  # what train.py's --head takes
+FILE = "choice_head.json"  # ``run["head"]`` beside pushed weights, which no run.json goes with: they cannot be asked without it
 LETTERS = string.ascii_uppercase + string.ascii_lowercase
 NOT_ITS_OWN = "the run's choice head was not trained on this question"
 
@@ -100,6 +102,17 @@ def from_json(told: Mapping | None) -> Head | None:
 def of_run(run: Mapping | None) -> Head | None:
     """The head of run.json, or ``None`` of a generative run and of what is no run."""
     return from_json((run or {}).get("head"))
+
+
+def behind(path: str | Path | None) -> Head | None:
+    """The head of a run's folder or its ``merged/``, or of weights that `hub` pushed, in ``path`` or its ``adapter/``.
+
+    ``None`` where answers are generated, and of what is no folder. Raises `UserError` for a file that is no JSON.
+    """
+    if (run := records.run_behind(path)) is not None or not path:
+        return of_run(run)
+    found = (Path(path) / FILE, Path(path) / "adapter" / FILE)
+    return next((from_json(files.read_json(file)) for file in found if file.exists()), None)
 
 
 def of_training(split, tokenizer, task: str) -> Head:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from sonovqa import chat, choice, confidence, prompt_variants, records
+from sonovqa import chat, choice, confidence, prompt_variants
 from sonovqa.choice import Head
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Asked, Endpoint, questions_of
@@ -181,7 +181,7 @@ def _read(completion, tokens: list[int]) -> list[float]:
 
 def serving_note(run: Path) -> str:
     """How a served run wants to be asked if it answers by a choice head; "" of any other."""
-    head = choice.of_run(records.run_behind(run))
+    head = choice.behind(run)
     if head is None:
         return ""
     spelt = {label.spelt: label.token for labels in head.sets.values() for label in labels}

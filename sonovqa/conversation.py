@@ -53,7 +53,7 @@ class LocalAnswerer:
         elif Path(run).is_dir():
             weights = serving_plan.find_weights(Path(run), adapter)
             name, added = weights.model, weights.adapter
-        self.name, self._run, self._head = run, run, head_of(run)
+        self.name, self._run, self._head = run, run, choice.behind(run)
         self.model, self.processor = models.load_for_inference(name, bits, added)
         answering.engine_of(run, self.model, self.processor)  # a text-only model without a head has no answers
         self.probabilities: Mapping[str, float] | None = None  # of the labels of the last answer, by a choice head
@@ -83,7 +83,7 @@ class EndpointAnswerer:
     def __init__(self, url: str, model: str | None = None, head: Path | None = None):
         from sonovqa import answering, endpoint_cost
 
-        self._head = head_of(head) if head else None
+        self._head = choice.behind(head) if head else None
         asked = {"endpoint": url, "model": model, "in_flight": 1, "head": head, "api_key_env": None, "run": None}
         self.endpoint = answering.open_endpoint(argparse.Namespace(**asked))
         self.name = self.endpoint.name
@@ -151,20 +151,15 @@ class Conversation:
         self.history += [question, "".join(pieces).strip()]  # an answer that was broken off is not remembered
 
 
-def head_of(run: str | Path | None) -> choice.Head | None:
-    """The choice head of a run or its ``merged/``; ``None`` of a run that generates its answers and of what is no run."""
-    return choice.of_run(records.run_behind(run))
-
-
 def is_of_texts(run: str | Path | None) -> bool:
     """Whether a run was trained on texts: it is asked about no image."""
-    head = head_of(run)
+    head = choice.behind(run)
     return head is not None and TEXT_LABEL in head.sets
 
 
 def problem_of_folder(run: str | Path | None) -> str:
     """Why a run cannot fill a sheet of all eight questions, or ""."""
-    head = head_of(run)
+    head = choice.behind(run)
     return (
         f"--folder asks Q1 … Q8; {run} answers a {head.describe()}; evaluate.py asks what it knows; use --image" if head else ""
     )

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+BRANCHES = 128  # answers decoded at once: each holds a copy of its prefix's cache, 40 MB of an 8B model and 280 tokens
+
 
 @dataclass(frozen=True)
 class ImageRequest:

@@ -9,7 +9,7 @@ from pathlib import Path
 from sonovqa.chat import context_for, messages, tasks_of
 from sonovqa.cli import UserError
 from sonovqa.files import replacing, replacing_folder
-from sonovqa.planning import image_size
+from sonovqa.images import size_of
 from sonovqa.splits import SPLITS
 
 MARK = ".sonovqa-export"  # tells a folder that an export made, and may replace, from any other
@@ -69,6 +69,6 @@ def _write_row(row: dict, part: Path, folder: str, task: str, variant: str) -> l
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(row["image"]["bytes"])
     shown = f"{folder}/{row['image_id']}"
-    context = context_for(row["context"], image_size(row["image"]["bytes"])) if row.get("context") else None
+    context = context_for(row["context"], size_of(row["image"]["bytes"])) if row.get("context") else None
     turns = [messages(shown, asked["prompt"], context, asked["answer"]) for asked in tasks]
     return [json.dumps({"messages": turn}, ensure_ascii=False) + "\n" for turn in turns]

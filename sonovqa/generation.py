@@ -9,6 +9,7 @@ batch, through transformers' own ``generate``.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ import torch
 
 from sonovqa import chat, losses
 from sonovqa.batching import Encoder
-from sonovqa.engines import ImageRequest, LabelReply, LabelRequest, Reply, one_by_one
+from sonovqa.engines import BRANCHES, ImageRequest, LabelReply, LabelRequest, Reply, one_by_one
 from sonovqa.layout import Branch, Prefix
 
 
@@ -192,18 +193,25 @@ def greedy(
         input_ids=ids.to(device), attention_mask=mask.to(device), position_ids=positions.to(device), use_cache=True,
         logits_to_keep=1, **vision,
     )  # fmt: skip
-    counts = torch.tensor([len(row) for row in branches])
-    owner = torch.repeat_interleave(torch.arange(len(prefixes)), counts)
-    cache = first.past_key_values
-    cache.reorder_cache(owner.to(device))  # each image's cache, once for each of its questions
-    flat = [branch for row in branches for branch in row]
-    starts = [prefixes[i].end for i in owner.tolist()]
-    axes = prefixes[0].positions.shape[:-1]
-    told = [(torch.tensor(b.ids), (s + torch.arange(len(b.ids))).expand(*axes, -1)) for b, s in zip(flat, starts, strict=True)]
+    flat = [(i, prefixes[i], branch) for i, row in enumerate(branches) for branch in row]
+    made = []
+    for k in range(0, len(flat), BRANCHES):
+        owners = torch.tensor([i for i, _, _ in flat[k : k + BRANCHES]])
+        cache = first.past_key_values if k + BRANCHES >= len(flat) else copy.deepcopy(first.past_key_values)
+        cache.reorder_cache(owners.to(device))  # each image's cache, once for each of its questions
+        asked = [(prefix, branch) for _, prefix, branch in flat[k : k + BRANCHES]]
+        made += _decoded(model, asked, cache, mask[owners], max_new_tokens, stop, pad_id)
+    return made
+
+
+def _decoded(model, asked: list[tuple[Prefix, Branch]], cache, mask, max_new_tokens: int, stop: set[int], pad_id: int):
+    """Answers to branches behind their prefixes' ``cache`` and ``mask``, ``[K, prefix]``; see `greedy`."""
+    device, axes = model.device, asked[0][0].positions.shape[:-1]
+    told = [(torch.tensor(b.ids), (p.end + torch.arange(len(b.ids))).expand(*axes, -1)) for p, b in asked]
     ids, branch_mask, positions = _left_padded(told, pad_id)
-    mask = torch.cat([mask[owner], branch_mask], dim=1).to(device)
+    mask = torch.cat([mask, branch_mask], dim=1).to(device)
     ids, positions = ids.to(device), positions.to(device)
-    done = torch.zeros(len(flat), dtype=torch.bool, device=device)
+    done = torch.zeros(len(asked), dtype=torch.bool, device=device)
     stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
     answers = []
     for _ in range(max_new_tokens):
@@ -216,7 +224,7 @@ def greedy(
         if done.all():
             break
         positions = positions[..., -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(flat), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(asked), 1)], dim=1)
     made = torch.stack(answers, dim=1).tolist()
     return [[token for token in row if token >= 0] for row in made]
 

@@ -16,14 +16,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from sonovqa import cli, credentials, files, model_card, records
+from sonovqa import choice, cli, credentials, files, model_card, records
 from sonovqa.cli import UserError, console
 
 TOKEN = "HF_TOKEN"
 #: What a model folder may send: weights that run no code when loaded, and the texts beside them.
 SENT = (".safetensors", ".json", ".jinja", ".txt")
 ADAPTER = "adapter_config.json"
-HEAD = "choice_head.json"  # ``run["head"]``: without labels and their tokens the weights of a choice run cannot be asked
 TINY_LICENCE = "apache-2.0"  # this project's own
 
 
@@ -129,7 +128,7 @@ def sent(folder: Path, merged: bool) -> dict[str, Path | bytes]:
     """What is pushed of a run: files by their name in the repository, in place of some their content.
 
     An adapter's configuration names its base; where that is a folder of this machine, its bare name is sent. What run.json says
-    of a choice head goes along as `HEAD`.
+    of a choice head goes along as `choice.FILE`.
 
     Raises:
         UserError: if the run has no such weights, or holds pickled ones.
@@ -147,7 +146,7 @@ def sent(folder: Path, merged: bool) -> dict[str, Path | bytes]:
         if model_card.hub_id(base) is None:
             found[ADAPTER] = _as_file(config | {"base_model_name_or_path": Path(base).name})
     if head := (records.read_run(folder) or {}).get("head"):
-        found[HEAD] = _as_file(head)
+        found[choice.FILE] = _as_file(head)
     return found
 
 

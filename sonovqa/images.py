@@ -24,6 +24,7 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 LARGEST_FILE = 100 << 20  # bytes
 LARGEST_SIDE, SMALLEST_SIDE = 10_000, 16  # pixels; a model sees about 512x512 and patches of 14 or 16
+SLIMMEST = 200  # times as long as wide: Qwen-VL's processor refuses slimmer ones
 LARGEST_AREA = 64_000_000  # pixels: 200 MB decoded; Pillow itself only warns at 89 million
 HASH_SIDE = 16  # a hash of 16 x 16 bits
 POOL_FROM = 64  # images; below this a pool starts slower than it works
@@ -170,9 +171,7 @@ def _decode(data: bytes) -> tuple[int, int, str, str]:
                     problem = _transparency_problem(image)
                 if problem:
                     return width, height, "", problem
-                if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # orientations that turn by 90 degrees
-                    width, height = height, width
-                return width, height, perceptual_hash(ImageOps.exif_transpose(image)), ""
+                return *_shown_size(image), perceptual_hash(ImageOps.exif_transpose(image)), ""
     except UnidentifiedImageError:
         return 0, 0, "", f"not an image that can be read ({', '.join(FORMATS)})"
     except Image.DecompressionBombError:
@@ -180,6 +179,19 @@ def _decode(data: bytes) -> tuple[int, int, str, str]:
     except Exception as fault:  # hostile bytes make Pillow's decoders raise almost any type: each is listed, none is lost
         broken = f"the image is broken ({type(fault).__name__})"
         return 0, 0, "", "the image is truncated" if "truncated" in str(fault) else broken
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """``(width, height)`` in pixels of an image file as it is shown (EXIF rotation applied), by its head: nothing is decoded."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        return _shown_size(image)
+
+
+def _shown_size(image) -> tuple[int, int]:
+    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations that turn by 90 degrees
+    return image.size[::-1] if turned else image.size
 
 
 def _header_problem(image) -> str:
@@ -191,6 +203,8 @@ def _header_problem(image) -> str:
         return f"the image is longer than {LARGEST_SIDE} pixels on a side"
     if min(width, height) < SMALLEST_SIDE:
         return f"the image is smaller than {SMALLEST_SIDE} pixels on a side"
+    if max(width, height) > SLIMMEST * min(width, height):
+        return f"the image is more than {SLIMMEST} times as long as it is wide"
     if image.mode.startswith(("I", "F")):  # Pillow and vLLM clip these to white; how to scale them is not ours to guess
         return "the image has more than 8 bits a channel: save it with 8"
     if image.format != "MPO" and getattr(image, "is_animated", False):  # MPO: a photograph with a preview beside it

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sonovqa import families, memory
-from sonovqa.engines import ImageRequest
+from sonovqa.engines import BRANCHES, ImageRequest
 from sonovqa.weights import Tensor
 
 #: Parts of names of a vision tower and of what joins it to the language model.
@@ -74,7 +74,7 @@ def workload(encoder, model, requests: Sequence[ImageRequest], at_once: int, sha
     side = side[0] if isinstance(side, list) else side
     pixels = vision["pixel_values"].numel()
     patches = round(pixels / (3 * side**2 * _frames(vision, tower)))
-    rows = len(asked) if apart else len(branches)
+    rows = len(asked) if apart else min(len(branches), BRANCHES)
     return Workload(len(asked), rows, max(len(prefix.ids) for prefix in prefixes), max(branches), tokens, patches, pixels)
 
 

@@ -180,9 +180,9 @@ def use(run: Mapping, repo: str, merged: bool) -> str:
     if merged:
         return f"hf download {repo} --local-dir {folder}\nbash serve.sh {folder}"
     base = hub_id(run["arguments"]["model"]) or "BASE"
-    ask = f"python inference.py --run {folder} --adapter --image scan.png"
-    if choice.of_run(run):  # inference.py takes a choice head from run.json, which is not pushed
-        ask = f"bash serve.sh {folder} --lora"
+    head = choice.of_run(run)
+    what = '--question "the text"' if head and TEXT_LABEL in head.sets else "--image scan.png"
+    ask = f"python inference.py --run {folder} --adapter {what}"
     return f"hf download {repo} --local-dir {folder}/adapter\n{ask}  # needs {base}"
 
 

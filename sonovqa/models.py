@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging as stdlib_logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import adapters, families, memory, text_only, torchvision_ops, weights
+from sonovqa import adapters, devices, families, memory, text_only, torchvision_ops, weights
 from sonovqa.cli import UserError
 from sonovqa.weights import check_folder
 
@@ -154,15 +153,6 @@ def choose_backend(asked: str = "auto", family: families.Family | None = None) -
     return "unsloth", "asked for" if asked == "unsloth" else "CUDA device, package and family found"
 
 
-def compute_dtype():
-    """bf16 where the device computes in it, fp16 on older GPUs (a T4 has no bf16), fp32 on a CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
-
-
 def load_for_training(name: str, bits: int, pixels=(None, None), backend: str = "auto", checkpointing: bool = True) -> Loaded:
     """Load a base model for fine-tuning.
 
@@ -193,11 +183,6 @@ def quiet() -> None:
     stdlib_logging.getLogger("bitsandbytes").setLevel(stdlib_logging.ERROR)
 
 
-def recomputing(on: bool) -> str | bool:
-    """Unsloth's ``use_gradient_checkpointing``: its own, which parks hidden states in main memory; plain when GPUs share it."""
-    return on and ("unsloth" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else True)
-
-
 def _load_unsloth(name: str, bits: int, checkpointing: bool):
     import unsloth
 
@@ -208,11 +193,11 @@ def _load_unsloth(name: str, bits: int, checkpointing: bool):
             load_in_4bit=bits == 4,
             load_in_8bit=bits == 8,
             load_in_16bit=bits == 16,
-            dtype=compute_dtype(),
+            dtype=devices.compute_dtype(),
             max_seq_length=32768,
             # The very weights that the adapter is merged onto later, not Unsloth's own quantised upload of them.
             use_exact_model_name=True,
-            use_gradient_checkpointing=recomputing(checkpointing),
+            use_gradient_checkpointing=devices.recomputing(checkpointing),
         )
     return model
 
@@ -230,7 +215,7 @@ def _load_transformers(name: str, bits: int, device_map=None, max_memory=None):
             load_in_8bit=bits == 8,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute_dtype(),
+            bnb_4bit_compute_dtype=devices.compute_dtype(),
             # Patterns matched from a name's beginning: "visual" alone would miss "model.visual".
             llm_int8_skip_modules=[f".*{part}" for part in memory.NOT_QUANTISED],
         )
@@ -239,7 +224,7 @@ def _load_transformers(name: str, bits: int, device_map=None, max_memory=None):
     with _one_line(name):
         return text_only.model_class(name).from_pretrained(
             name,
-            dtype=compute_dtype(),
+            dtype=devices.compute_dtype(),
             quantization_config=quantization,
             device_map=device_map,
             max_memory=max_memory,
@@ -286,7 +271,7 @@ def adapt(loaded: Loaded, how: Adapting):
             model, r=how.rank, lora_alpha=how.alpha, lora_dropout=how.dropout, bias="none", random_state=how.seed,
             finetune_vision_layers=how.vision, finetune_language_layers=how.language,
             finetune_attention_modules=how.attention, finetune_mlp_modules=how.mlp,
-            use_gradient_checkpointing=recomputing(how.checkpointing),  # its default overrides the loader's choice
+            use_gradient_checkpointing=devices.recomputing(how.checkpointing),  # its default overrides the loader's choice
         )  # fmt: skip
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sonovqa import weighting
+from sonovqa import images, weighting
 from sonovqa.cli import UserError, console
 from sonovqa.weighting import Sample, Weighting
 
@@ -47,7 +46,7 @@ def plan_split(
     """Deal a split's questions over sequences of at most ``max_tokens`` tokens.
 
     Args:
-        source: the split, its images not decoded; only their headers are read here.
+        source: the split, its images not decoded: their sizes are told by the files' heads.
         name: the split's name.
         encoder: the run's `batching.Encoder`.
         task, variant: what is asked, see `chat.tasks_of`.
@@ -62,7 +61,8 @@ def plan_split(
     samples = [sample for row in rows for sample, _ in row.branches.values()]
     if not samples:
         raise UserError(
-            f"--task {task}; no row of the split has an answer to it; see the questions in dataset.json; choose another --task"
+            f"--task {task}; no row of the {name} split has an answer to it; see the questions in dataset.json; choose another "
+            "--task, or prepare the set with a larger share for that split"
         )
     weighed, drawn = weighting.weigh(samples, how), weighting.repeats(samples, how)
     weights = iter(weighed)
@@ -96,7 +96,7 @@ class _Row:
 
 
 def _measured(source, encoder, task: str, variant: str) -> list[_Row]:
-    sizes = [None if row["image"] is None else image_size(row["image"]["bytes"]) for row in source]
+    sizes = [None if row["image"] is None else images.size_of(row["image"]["bytes"]) for row in source]
     prefixes = encoder.prefix_lengths(sizes, _contexts(source))
     lengths: dict[tuple[str, str], tuple[int, int]] = {}
     made = []
@@ -133,15 +133,6 @@ def _counted(items: list[dict], rows: list[_Row], dealt: int, repeated: int, cla
         answer_tokens=sum(row.branches[k][0].tokens for row, k in chosen),
         classes=classes,
     )
-
-
-def image_size(data: bytes) -> tuple[int, int]:
-    """``(width, height)`` from an image file's header, EXIF rotation counted; no pixel is decoded."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if turned else image.size
 
 
 def show(args, base: str, loaded, model, plans: dict[str, Plan], head=None) -> None:

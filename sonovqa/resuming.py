@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from sonovqa import dataset, files
@@ -111,3 +113,14 @@ def clear_parts(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def way_on(words: Sequence[str]) -> str:
+    """How to go on with a stopped training from its last whole checkpoint: its command, with as many processes as it had.
+
+    Args:
+        words: ``sys.argv``.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
+    return f"go on with: {launcher} {shlex.join([*(word for word in words if word != '--resume'), '--resume'])}"

@@ -201,5 +201,5 @@ def _leak_remarks(found: dict) -> list[str]:
     if leaked := found["test_questions_on_images_outside_test"]:
         return [f"LEAK: {leaked} of {found['test_questions']} test questions are about images outside the test split"]
     if near := len(found["near_duplicates"]):
-        return [f"{near} clusters of near-duplicate images lie in more than one split"]
+        return [f"near-duplicate images lie in more than one split: {near} {'cluster' if near == 1 else 'clusters'}"]
     return []

@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
 import signal
 import threading
 import time
 from pathlib import Path
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from sonovqa import files, losses, models, records, resuming
+from sonovqa import devices, files, losses, records, resuming
 from sonovqa.cli import console
+from sonovqa.sampling import Draws, Sequences
 
 LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "step_seconds", "data_wait_seconds")
 PROGRESS = "progress.json"  # in a checkpoint: the curve so far, the seconds it took, whether the training had ended
@@ -34,9 +35,9 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         validate: whether there is a validation split; its loss chooses the best checkpoint, see `keeps_best`.
         steps: optimiser steps.
     """
-    cuda, dtype = torch.cuda.is_available(), models.compute_dtype()
+    cuda, dtype = torch.cuda.is_available(), devices.compute_dtype()
     workers = args.workers if args.workers is not None else (4 if cuda else 0)
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=args.batch,
@@ -63,13 +64,13 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         load_best_model_at_end=validate and keeps_best(args),
         metric_for_best_model="eval_loss" if validate and keeps_best(args) else None,
         dataloader_num_workers=workers,
-        dataloader_persistent_workers=workers > 0,
         remove_unused_columns=False,
         max_length=None,  # else TRL cuts image tokens
         dataset_kwargs={"skip_prepare_dataset": True},
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
     )
+    return devices.one_gpu(config)
 
 
 def keeps_best(args) -> bool:
@@ -79,32 +80,6 @@ def keeps_best(args) -> bool:
     class looks worse the better it does so, and the checkpoint kept would be the one before it began (experiments.md, 7).
     """
     return args.balance == "none" and not args.focal
-
-
-class Draws(SeedableRandomSampler):
-    """Every sequence of a `Sequences` once a pass, in an order by seed and pass; its numbers go on from pass to pass."""
-
-    def __iter__(self):
-        first = self.epoch * len(self.data_source)
-        for index in super().__iter__():
-            yield first + index
-
-
-class Sequences(torch.utils.data.Dataset):
-    """A plan's items; number ``k`` is item ``k`` modulo their count, drawn as ``draw`` ``k``: each pass draws anew.
-
-    Args:
-        items: of a `planning.Plan`, as a list or a `datasets.Dataset`.
-    """
-
-    def __init__(self, items):
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, draw: int) -> dict:
-        return self.items[draw % len(self.items)] | {"draw": draw}
 
 
 class SharedImageTrainer(SFTTrainer):
@@ -122,14 +97,24 @@ class SharedImageTrainer(SFTTrainer):
 
     def __init__(self, *args, gamma: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.train_dataset = Sequences(self.train_dataset)  # TRL takes nothing but a `datasets.Dataset`
+        # TRL takes nothing but a `datasets.Dataset`.
+        self.train_dataset = Sequences(self.train_dataset)
+        self.eval_dataset = self.eval_dataset and Sequences(self.eval_dataset)
         self.model_accepts_loss_kwargs = True  # else the trainer divides by the accumulation steps a second time
         self._gamma = gamma
         self._began = time.perf_counter()
         self._spent = {"step_seconds": 0.0, "data_wait_seconds": 0.0}
 
     def _get_train_sampler(self, train_dataset=None):
-        return Draws(train_dataset or self.train_dataset, data_seed=self.args.data_seed)
+        self._order = self._draws(train_dataset or self.train_dataset, self.args.train_batch_size, self.args.data_seed)
+        return self._order
+
+    def _get_eval_sampler(self, eval_dataset):
+        return self._draws(eval_dataset, self.args.eval_batch_size, None)
+
+    def _draws(self, sequences: Sequences, batch: int, seed: int | None) -> Draws:
+        processes = self.accelerator.num_processes
+        return Draws(len(sequences), seed, together=batch * processes if processes > 1 else 1)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of one optimiser step, and the sum of their loss weights over all processes."""
@@ -168,10 +153,11 @@ class SharedImageTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args, epoch: int, **kwargs):
         """A pass over the data; none for a run that goes on from its last step, where the trainer would take one more."""
+        self._order.set_epoch(epoch)  # accelerate does not reach it in the pass that several processes resume in
         if not self.control.should_training_stop:
-            super()._run_epoch(*args, **kwargs)
+            super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """The step ends before logging, validation and saving begin."""
@@ -233,7 +219,7 @@ class Progressing(TrainerCallback):
         self.curve: list[dict] = []
         self.resumed_at: list[int] = []
         self.stopped = False
-        self._bar = self._task = self._started = self._interrupt = None
+        self._bar = self._task = self._started = self._interrupt = self._process = None
         self._before = 0.0
 
     @property
@@ -251,7 +237,7 @@ class Progressing(TrainerCallback):
         self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
         self._bar.start()
         if args.world_size == 1 and threading.current_thread() is threading.main_thread():
-            self._interrupt = signal.signal(signal.SIGINT, self._stop_soon)
+            self._process, self._interrupt = os.getpid(), signal.signal(signal.SIGINT, self._stop_soon)
 
     def on_step_end(self, args, state, control, **_):
         """Move the bar. Steps since the last log line are logged before a checkpoint, which does not hold them."""
@@ -310,6 +296,8 @@ class Progressing(TrainerCallback):
             state.best_model_checkpoint = str(folder / f"checkpoint-{state.best_global_step}")
 
     def _stop_soon(self, number, frame) -> None:
+        if os.getpid() != self._process:  # a data worker: it was forked with this handler and is stopped by its parent
+            return
         signal.signal(signal.SIGINT, self._interrupt)
         self.stopped = True
         self._say("stopping after this step, with a checkpoint; Ctrl-C again stops at once")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import train
+from sonovqa import files, hub
 
 #: Six steps of four images, validated twice, of a model and data so small that each takes well under a second.
 FLAGS = {
@@ -31,3 +32,13 @@ def run(base: Path, data: Path, outputs: Path, name: str, *more: str, **changed)
 def losses_of(record: dict) -> list[float]:
     """The training losses of a run record, in the order they were logged."""
     return [entry["loss"] for entry in record["training"]["curve"] if "loss" in entry]
+
+
+def pushed(run: Path, folder: Path, base: Path) -> Path:
+    """A run's adapter as it was pushed to a hub and fetched from it, below ``folder``; its base lies in ``base``."""
+    (folder / "adapter").mkdir(parents=True)
+    for name, content in hub.sent(run, merged=False).items():
+        (folder / "adapter" / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    config = files.read_json(folder / "adapter" / hub.ADAPTER) | {"base_model_name_or_path": str(base)}
+    files.write_json(folder / "adapter" / hub.ADAPTER, config)
+    return folder

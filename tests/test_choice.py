@@ -10,7 +10,7 @@ import closed_set
 import pytest
 import torch
 from conftest import noise_image
-from running import losses_of, run
+from running import losses_of, pushed, run
 from safetensors.torch import load_file
 
 import evaluate
@@ -198,7 +198,7 @@ def test_evaluation_reads_the_probabilities_and_asks_for_nothing_else(chosen, da
     assert greys and all(row["error"] is None for row in greys), "questions about grey images are told by their wording"
 
 
-def test_inference_answers_by_the_head_and_refuses_what_it_does_not_know(chosen, data, tmp_path, capsys):
+def test_inference_answers_by_the_head_and_refuses_what_it_does_not_know(base, chosen, data, tmp_path, capsys):
     words = ["--run", str(chosen), "--data", str(data), "--question"]
     inference.main([*words, "Q6", "--json"])
     (answer,) = json.loads(capsys.readouterr().out)["answers"]
@@ -206,6 +206,8 @@ def test_inference_answers_by_the_head_and_refuses_what_it_does_not_know(chosen,
     assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-4)
     inference.main([*words, "Q6"])
     assert capsys.readouterr().out.startswith(f"{answer['answer']} (")
+    inference.main(["--run", str(pushed(chosen, tmp_path / "hub", base)), "--adapter", *words[2:], "Q6"])
+    assert capsys.readouterr().out.startswith(f"{answer['answer']} ("), "what was pushed to a hub knows its labels too"
     with pytest.raises(UserError, match="was not trained on this question"):
         inference.main([*words, "Q1"])
     with pytest.raises(UserError, match=r"--folder asks Q1 … Q8"):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from running import run
+from running import pushed, run
 
 import evaluate
 import inference
@@ -136,8 +136,12 @@ def test_lora_trains_a_text_model_and_its_adapter_answers(models, notes, tmp_pat
     assert evaluate.main([*words, "--adapter"]) == 0
     assert all(json.loads(line)["probabilities"] for line in (out / "predictions.jsonl").read_text().splitlines())
     capsys.readouterr()
-    inference.main(["--run", str(tmp_path / "lora"), "--question", "Patient 3: mass seen."])
-    assert capsys.readouterr().out.startswith(("yes (", "no ("))
+    inference.main(["--run", str(tmp_path / "lora"), "--adapter", "--question", "Patient 3: mass seen."])
+    said = capsys.readouterr().out
+    assert said.startswith(("yes (", "no ("))
+    hub = pushed(tmp_path / "lora", tmp_path / "hub", models["llama"])
+    inference.main(["--run", str(hub), "--adapter", "--question", "Patient 3: mass seen."])
+    assert capsys.readouterr().out == said, "what was pushed to a hub knows its labels too"
 
 
 def test_texts_and_images_are_not_mixed_up(models, base, data, notes, tmp_path):

@@ -155,7 +155,8 @@ def test_a_choice_run_is_pushed_with_its_labels_and_their_tokens(server, trained
     text, told = " ".join(pushed["README.md"].decode().split()), metadata(pushed["README.md"])
     assert "| head | choice of Q7: normal, abnormal |" in text
     assert f"tuned to answer one clinical question about a fetal ultrasound image ({QUESTIONS['Q7'].title})" in text
-    assert "`allowed_token_ids`" in text and "[5, 6]" in text and "inference.py" not in text
+    assert "`allowed_token_ids`" in text and "[5, 6]" in text
+    assert ("inference.py --run outputs/chosen --adapter --image scan.png" in text) != merged
     assert told["pipeline_tag"] == "image-text-to-text" and "fetal-ultrasound" in told["tags"]
 
 

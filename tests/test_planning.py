@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import noise_image
 
-from sonovqa import batching, dataset, families, layout, losses, models, planning, training, weighting
+from sonovqa import batching, dataset, families, layout, losses, models, planning, sampling, weighting
 from sonovqa.cli import UserError
+from sonovqa.sampling import Drawn
 from sonovqa.weighting import Sample, Weighting
 
 
@@ -204,9 +205,9 @@ def test_every_pass_draws_anew_and_augments_training_rows_only(small, splits):
 
     _, encoder = small
     plan = planning.plan_split(splits["train"], "train", encoder, "Q7", "default", True, 4096)
-    rows = training.Sequences(plan.items)
+    rows = sampling.Sequences(plan.items)
     plain, augmented = (batching.Collator(splits, encoder, "Q7", augmentation=a) for a in (None, Augmentation("basic", 1)))
-    first, second = rows[0], rows[len(rows)]
+    first, second = rows[Drawn(0, 0)], rows[Drawn(0, len(rows))]
     assert first["row"] == second["row"] and first["draw"] != second["draw"]
     pictures = [collate([item])["pixel_values"] for collate, item in ((plain, first), (augmented, first), (augmented, second))]
     assert not torch.equal(pictures[1], pictures[0]) and not torch.equal(pictures[1], pictures[2])
@@ -214,14 +215,3 @@ def test_every_pass_draws_anew_and_augments_training_rows_only(small, splits):
     other = planned(splits, encoder).items[0] | {"draw": 0}
     kept = batching.Collator(splits, encoder, augmentation=Augmentation("advanced", 1))([other])["pixel_values"]
     assert torch.equal(kept, batching.Collator(splits, encoder)([other])["pixel_values"])
-
-
-def test_the_sampler_draws_each_sequence_once_a_pass():
-    rows = training.Sequences([{"row": k} for k in range(7)])
-    sampler = training.Draws(rows, data_seed=3)
-    passes = [list(sampler), list(sampler)]
-    assert [sorted(p) for p in passes] == [list(range(7)), list(range(7, 14))]
-    assert [k % 7 for k in passes[1]] != passes[0]
-    again = training.Draws(rows, data_seed=3)
-    again.set_epoch(1)
-    assert list(again) == passes[1], "a resumed run draws what an undisturbed one does"

@@ -27,6 +27,7 @@ def bad_images(root):
     frames[0].save(folder / "moving.gif", save_all=True, append_images=frames[1:])
     Image.new("L", (1, 1)).save(folder / "dot.png")
     Image.new("L", (20_000, 32)).save(folder / "wide.png")
+    Image.new("L", (9_000, 40)).save(folder / "slim.png")
     Image.new("1", (9_000, 9_000)).save(folder / "bomb.png")
     Image.new("1", (30_000, 30_000)).save(folder / "bigger_bomb.png")
     (folder / "folder.png").mkdir()
@@ -46,6 +47,7 @@ def bad_images(root):
         "moving.gif": "animated",
         "dot.png": "smaller than",
         "wide.png": "longer than",
+        "slim.png": "times as long as it is wide",
         "bomb.png": "megapixels",
         "bigger_bomb.png": "megapixels",
         "folder.png": "not a file",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from datasets import DatasetDict, concatenate_datasets
 from running import losses_of, words
 from safetensors.torch import load_file
+
+from sonovqa import resuming
 
 
 def launched(*command: str) -> tuple[dict, str]:
@@ -25,10 +29,21 @@ def launched(*command: str) -> tuple[dict, str]:
     return json.loads((folder / "run.json").read_text()), done.stdout
 
 
+def uneven(data: Path, folder: Path) -> Path:
+    """The set with a fifth validation row: with two processes one of them has nothing left to validate."""
+    splits = DatasetDict.load_from_disk(data)
+    splits["validation"] = concatenate_datasets([splits["validation"], splits["test"].select([0])])
+    splits.save_to_disk(folder)
+    shutil.copy(data / "dataset.json", folder)
+    return folder
+
+
 def test_two_processes_give_the_run_of_one(base, data, tmp_path):
-    one, _ = launched(sys.executable, "train.py", *words(base, data, tmp_path, "one", "--no-checkpointing", batch=4))
+    """Fifteen training rows and five to validate: neither divides by two processes' batches, and no row counts twice."""
+    data, more = uneven(data, tmp_path / "uneven"), ("--no-checkpointing", "--max-images", "15")
+    one, _ = launched(sys.executable, "train.py", *words(base, data, tmp_path, "one", *more, batch=4))
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py")
-    two, said = launched(*torchrun, *words(base, data, tmp_path, "two", "--no-checkpointing", batch=2))
+    two, said = launched(*torchrun, *words(base, data, tmp_path, "two", *more, batch=2))
     assert two["processes"] == 2 and one["processes"] == 1
     assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
     assert two["training"]["best_validation_loss"] == pytest.approx(one["training"]["best_validation_loss"], rel=1e-5)
@@ -38,3 +53,11 @@ def test_two_processes_give_the_run_of_one(base, data, tmp_path):
     assert left.keys() == right.keys() and all(torch.isfinite(tensor).all() for tensor in right.values())
     assert said.count("step     1  loss") == 1 and said.count("merge check passed") == 1, "one of them prints"
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+def test_several_processes_are_told_to_go_on_as_many(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["train.py", "--data", "my set", "--run-name", "r", "--resume"]
+    assert resuming.way_on(words) == "go on with: torchrun --nproc_per_node=2 train.py --data 'my set' --run-name r --resume"
+    monkeypatch.delenv("WORLD_SIZE")
+    assert resuming.way_on(words[:3]) == "go on with: python train.py --data 'my set' --resume"

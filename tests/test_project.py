@@ -14,7 +14,7 @@ from conftest import ROOT
 SCRIPTS = ("prepare_dataset", "train", "evaluate", "inference")
 MODULES = sorted(path.stem for path in (ROOT / "sonovqa").glob("*.py") if path.stem != "__init__")
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "unsloth", "vllm", "mlflow", "pandas", "sklearn", "matplotlib"}
-NEEDS_TORCH = {"models", "batching", "layout", "losses", "generation", "training", "merging", "finishing"}
+NEEDS_TORCH = {"models", "batching", "layout", "sampling", "losses", "generation", "training", "merging", "finishing"}
 
 
 def pins(name: str) -> dict[str, str]:

@@ -104,9 +104,10 @@ def test_a_run_killed_again_and_again_ends_as_if_it_was_not(base, data, undistur
 
 
 def test_ctrl_c_saves_the_step_at_hand_and_says_how_to_go_on(base, data, undisturbed, tmp_path):
-    command, run = words(base, data, tmp_path, "run"), tmp_path / "run"
+    command, run = words(base, data, tmp_path, "run", "--workers", "2"), tmp_path / "run"
     status, said = stopped_when(lambda: resuming.is_whole(run / "checkpoints" / "checkpoint-2"), signal.SIGINT, *command)
     assert status == 130 and "Traceback" not in said
+    assert said.count("stopping after this step") == 1, "its data workers, who get the signal too, are silent"
     assert said.strip().splitlines()[-1].startswith("stopped: what was finished is kept; go on with: python train.py --model")
     last = resuming.last_checkpoint(run / "checkpoints")
     assert 2 < resuming.number(last) < STEPS

@@ -1,0 +1,47 @@
+"""What a process computes on: its GPU, its number type, how it saves memory there."""
+
+from __future__ import annotations
+
+import os
+
+from sonovqa.cli import console
+
+
+def take_gpu() -> None:
+    """Make each of torchrun's processes use a GPU of its own, by its ``LOCAL_RANK``. To be called before anything is loaded:
+    what asks for the current GPU (quantised weights, memory at hand) would else be given the first one in all of them."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def tell_idle() -> None:
+    """Say so if there are GPUs that no process of this training uses: a process uses one."""
+    import torch
+
+    found, used = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if found > used:
+        console.print(f"{found - used} of {found} GPUs stay idle; to use all: torchrun --nproc_per_node={found} train.py …")
+
+
+def one_gpu(config):
+    """A ``TrainingArguments`` whose trainer uses one GPU a process. Left to itself and without torchrun it would copy the model
+    to all GPUs it sees and multiply the batch by their number."""
+    if config.n_gpu > 1:
+        config._n_gpu = 1
+    return config
+
+
+def compute_dtype():
+    """bf16 where the device computes in it, fp16 on older GPUs (a T4 has no bf16), fp32 on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
+
+
+def recomputing(on: bool) -> str | bool:
+    """Unsloth's ``use_gradient_checkpointing``: its own, which parks hidden states in main memory; plain when GPUs share it."""
+    return on and ("unsloth" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else True)

@@ -1,0 +1,47 @@
+"""Which GPU a process takes, and how several share a machine."""
+
+from __future__ import annotations
+
+import torch
+
+from sonovqa import devices
+
+
+def test_hidden_states_stay_on_the_gpu_where_several_processes_share_the_way_off_it(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert devices.recomputing(True) == "unsloth" and devices.recomputing(False) is False
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert devices.recomputing(True) is True and devices.recomputing(False) is False
+
+
+def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    devices.take_gpu()
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    devices.take_gpu()
+    assert taken == [0, 3]
+
+
+def test_gpus_that_no_process_uses_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    devices.tell_idle()
+    assert "3 of 4 GPUs stay idle" in capsys.readouterr().out
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    devices.tell_idle()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    devices.tell_idle()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_process_trains_on_one_gpu():
+    class Config:
+        """As transformers' ``TrainingArguments`` tells the GPUs it sees."""
+
+        _n_gpu = 4
+        n_gpu = property(lambda self: self._n_gpu)
+
+    assert devices.one_gpu(Config()).n_gpu == 1

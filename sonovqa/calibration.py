@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sonovqa import confidence, measures, metrics, ranking, report_sections
+from sonovqa import confidence, measures, metrics, ranking, report_sections, scoretable
 from sonovqa.asking import Item
 from sonovqa.cli import UserError
 from sonovqa.findings import ENOUGH, RARE, Finding
@@ -233,7 +233,7 @@ def _fallback(
 def _score(score: Score, groups: Sequence[str], draws: Resamples) -> dict:
     span = draws.interval(score, groups)
     counted = [group for group, columns in zip(groups, score.columns, strict=True) if columns.any()]
-    return ranking.figure(score.value, span or (np.nan, np.nan), len(counted), counted)
+    return ranking.figure(score.value, span, len(counted), counted, score.carriers(groups))
 
 
 def find(scores: Mapping, asked: int, told: int) -> Iterable[Finding]:
@@ -269,7 +269,5 @@ def show(scores: Mapping, console: Console) -> None:
     for kind, about in found.items():
         for name in names:
             figure = about[name]
-            span = f" \\[{figure['interval'][0]:.2f}, {figure['interval'][1]:.2f}]" if figure["interval"] else ""
-            text = "-" if figure["value"] is None else f"{figure['value']:.2f}{span}"
-            table.add_row(kind, name, text, f"{about['positives']}/{figure['n']}")
+            table.add_row(kind, name, scoretable.value(figure), f"{about['positives']}/{figure['n']}")
     console.print(table)

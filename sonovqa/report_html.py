@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sonovqa import asking, chat, measures, plots, report_sections
 from sonovqa.cli import RESEARCH_NOTICE
+from sonovqa.metrics import FEWEST_GROUPS
 from sonovqa.questions import QUESTIONS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -51,7 +52,7 @@ def render(record: Mapping, rows: Sequence[Mapping], raw=None, most: int = 200) 
         record=record, notice=RESEARCH_NOTICE, titles={q.id: q.title for q in QUESTIONS.values()},
         overview=plots.overview(questions), confusion=figures, slices=slices, cards=cards, verdicts=ORDER,
         images=len({row["image_id"] for row in rows}), categories=sorted({card["category"] for card in cards}),
-        number=number, interval=interval, sure=sure, coverage=plots.coverage(sure) if sure else "",
+        number=number, interval=interval, between=between, sure=sure, coverage=plots.coverage(sure) if sure else "",
         reliability={kind: plots.reliability(found) for kind, found in sure.items()},
     )  # fmt: skip
 
@@ -107,6 +108,11 @@ def thumbnail(data: bytes) -> str:
 def number(value: float | None) -> str:
     """Three decimals, or a dash."""
     return "–" if value is None else f"{value:.3f}"
+
+
+def between(figure: Mapping) -> str:
+    """A figure's interval, or that its groups are too few for one."""
+    return interval(figure["interval"]) or ("too few groups" if figure["carriers"] < FEWEST_GROUPS else "")
 
 
 def interval(pair: Sequence[float] | None) -> str:

@@ -67,7 +67,7 @@ def failures(scores: Mapping, rows: Sequence[dict]) -> Iterable[Finding]:
     """Requests that gave no answer."""
     asked, failed = scores["overall"]["asked"], scores["overall"]["failed"]
     if failed:
-        reason, _ = Counter(_short(str(row["error"]), 120) for row in rows if row["error"] is not None).most_common(1)[0]
+        reason, _ = Counter(short(str(row["error"]), 120) for row in rows if row["error"] is not None).most_common(1)[0]
         text = f"{failed} of {asked} requests ({failed / asked:.1%}) failed and are not scored; most often: {reason}"
         yield Finding("failed", None, failed / asked, text, failed / asked > RARE)
     if not asked - failed:
@@ -79,7 +79,7 @@ def constant(kind: str, about: Mapping) -> Iterable[Finding]:
     said, meant = about["answers"]["predicted"], about["answers"]["reference"]
     if about["n"] < ENOUGH or meant["distinct"] < 2 or said["commonest"] == "unread":  # `unread` says that
         return
-    told = f"“{_short(said['commonest'])}”"
+    told = f"“{short(said['commonest'])}”"
     if said["distinct"] == 1:
         text = f"{kind}: every one of {about['n']} images gets the same answer, {told}; {meant['distinct']} different are right"
         yield Finding("constant", kind, 1.0, text)
@@ -103,7 +103,7 @@ def unfound(kind: str, about: Mapping) -> Iterable[Finding]:
     missed = [(label, r["found"], r["n"]) for label, r in about["answers"]["recall"].items()
               if r["n"] >= ENOUGH and r["found"] < LOW_RECALL * r["n"]]  # fmt: skip
     if missed:
-        shown = ", ".join(f"“{_short(label)}” {hits} of {n}" for label, hits, n in missed[:3])
+        shown = ", ".join(f"“{short(label)}” {hits} of {n}" for label, hits, n in missed[:3])
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
         yield Finding("recall near zero", kind, missed[0][1] / missed[0][2], f"{kind}: hardly ever found: {shown}{more}")
 
@@ -184,7 +184,7 @@ def garbled(rows: Sequence[dict]) -> Iterable[Finding]:
     ):
         hits = [text for text, reference in texts if test(text, reference)]
         if texts and len(hits) > RARE * len(texts):
-            text = f"{len(hits)} of {len(texts)} answers ({len(hits) / len(texts):.1%}) {words}, such as “{_short(hits[0])}”"
+            text = f"{len(hits)} of {len(texts)} answers ({len(hits) / len(texts):.1%}) {words}, such as “{short(hits[0])}”"
             yield Finding(kind, None, len(hits) / len(texts), text)
 
 
@@ -286,7 +286,8 @@ def counted(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def _short(text: str | None, most: int = 60) -> str:
+def short(text: str | None, most: int = 60) -> str:
+    """No more than so many characters of a text, `printable`."""
     text = printable(text or "")
     return text if len(text) <= most else text[: most - 1] + "…"
 

@@ -160,7 +160,15 @@ def measure(kind: str, rows: Sequence[dict], texts: Sequence[str]) -> dict[str, 
     elif kind not in QUESTIONS:
         scores |= _numbers(rows, texts)
     scores["exact match"] = mean([text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)])
+    scores["normalised match"] = mean(
+        [_bare(row, text) == _bare(row, row["reference"]) for row, text in zip(rows, texts, strict=True)]
+    )
     return scores | overlap.wording(references, list(texts))
+
+
+def _bare(row: dict, text: str) -> str:
+    """A text in its canonical wording (`answers.normalise`), without case and final punctuation."""
+    return answers.normalise(row["question_id"], text).casefold().rstrip(" .,;:!")
 
 
 def headline(kind: str, scores: dict) -> str:

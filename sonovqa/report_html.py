@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sonovqa import asking, chat, measures, plots, report_sections
+from sonovqa import asking, chat, measures, plots, report_sections, weak_slices
 from sonovqa.cli import RESEARCH_NOTICE
 from sonovqa.metrics import FEWEST_GROUPS
 from sonovqa.questions import QUESTIONS
@@ -39,7 +39,7 @@ def render(record: Mapping, rows: Sequence[Mapping], raw=None, most: int = 200) 
     questions = record["questions"]
     figures = {kind: plots.confusion(about["answers"]["confusion"]) for kind, about in questions.items() if _drawable(about)}
     slices = {
-        (kind, by): plots.slices(found, about["headline"])
+        (kind, by): plots.slices(found, next(iter(found.values()))["score"])
         for kind, about in questions.items()
         for by, found in about["slices"].items()
     }
@@ -51,6 +51,7 @@ def render(record: Mapping, rows: Sequence[Mapping], raw=None, most: int = 200) 
         name=asked.get("run") or asked.get("model") or asked.get("predictions"),
         record=record, notice=RESEARCH_NOTICE, titles={q.id: q.title for q in QUESTIONS.values()},
         overview=plots.overview(questions), confusion=figures, slices=slices, cards=cards, verdicts=ORDER,
+        taken=weak_slices.taken,
         images=len({row["image_id"] for row in rows}), categories=sorted({card["category"] for card in cards}),
         number=number, interval=interval, between=between, sure=sure, coverage=plots.coverage(sure) if sure else "",
         reliability={kind: plots.reliability(found) for kind, found in sure.items()},

@@ -92,7 +92,7 @@ def confidence_table(questions: Mapping[str, Mapping]) -> Table:
         if "AUROC" in found:
             ranked = [value(found["AUROC"]), str(found["positives"]), number(found["average precision"]["value"])]
         given = [number(found["abstain"]["accuracy"]["value"]), str(found["abstain"]["held_back"])] if abstain else []
-        error = number(found["calibration error"]["value"])
+        error = f"{number(found['calibration error']['value'])} ({number(found['calibration error']['by chance'])})"
         made.add_row(kind, *ranked, error, *(at.get(c, "-") for c in COVERAGES), *given, str(found["n"]))
     return made
 
@@ -165,7 +165,8 @@ def caption(scores: Mapping) -> str:
     parts = ["↑ higher is better, ↓ lower.", spans, majority, blind, "u/f: unread (scored as wrong), failed (not scored)."]
     found = [about["confidence"] for about in scores["questions"].values() if "confidence" in about]
     if found:
-        parts.append("AP: average precision. ECE: calibration error. @50%: accuracy of the surest half of the answers.")
+        parts.append("AP: average precision. ECE: calibration error (in brackets: by chance alone, were all calibrated).")
+        parts.append("@50%: accuracy of the surest half of the answers.")
         unread = sum(one["fallback"]["unread"] for one in found)
         parts.append(f"For {unread} unread answers the likeliest label is offered in scores.json (fallback)." if unread else "")
     return " ".join(part for part in parts if part)

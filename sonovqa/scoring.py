@@ -16,7 +16,7 @@ from sonovqa.predictions import Key
 from sonovqa.questions import REPORT_ID
 
 #: Scores of wording stand without baselines, for nobody should be led by them.
-WORDING = ("exact match", "ROUGE-L", "BLEU-4")
+WORDING = ("exact match", "normalised match", "ROUGE-L", "BLEU-4")
 #: With fewer rows than this share behind the commonest of many values, the median value stands for "the majority".
 RARE_MODE = 0.05
 MOST_CLASSES = 20  # a confusion matrix, or slices, of more is a wall of numbers

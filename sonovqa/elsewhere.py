@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sonovqa import asking, chat, predictions
+from sonovqa import answer_words, asking, chat, predictions
 from sonovqa.asking import Item
 from sonovqa.cli import UserError
 from sonovqa.findings import RARE, Finding, counted, printable
@@ -214,7 +214,7 @@ def _joined_row(row: Mapping, item: Item) -> dict:
     error = row.get("error") or None  # tools write "" or false beside good answers
     if error is None and (text is None or not str(text).strip()):
         error = "empty answer"
-    elif error is None and FAILURE.match(str(text)):
+    elif error is None and FAILURE.match(answer_words.answer_part(str(text))):
         error = " ".join(str(text).split())[:200]
     return {
         "image_id": item.image_id, "group": item.group, "category": item.category, "question_id": item.question_id,

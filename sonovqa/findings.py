@@ -1,4 +1,16 @@
-"""What a reader must know before believing a score: one sentence each with its figure, the gravest first."""
+"""What a reader must know before believing a score: one sentence each with its figure, the gravest first.
+
+A finding is serious, and ends `evaluate.py --strict` with 1, or it is a caution, which never does:
+
+- always serious: what `provenance` finds shared with training or unlike it, ``nothing scored``, ``constant``, ``unrelated``,
+  ``recall near zero``, ``no ranking``, ``not above baseline``; of more than `RARE` of the answers ``unread``, ``cut``, ``repetition``, ``non-words``, ``remains``, ``stop short``;
+- serious above `RARE` of the rows, else a caution: ``failed``, ``unmatched``, ``missing``, ``no probabilities``, and
+  ``repeated``, of which the rows count whose last answer says something else;
+- ``few groups``: serious where the whole evaluation has fewer than `metrics.FEWEST_GROUPS`, a caution below `FEW_GROUPS` and
+  where that is true of one question only; ``below base``: serious where the interval leaves no doubt; ``not held out``:
+  serious for the training split;
+- cautions: ``no positive``, ``one reference``, ``no blind``, ``no category``, ``little mass``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from sonovqa import measures
+from sonovqa import answer_words, measures
 from sonovqa.metrics import FEWEST_GROUPS
 
 #: Shares above which failed, unread, cut or garbled answers are said aloud (issue 5: "above 1 %").
@@ -175,11 +187,12 @@ def unrelated(kind: str, about: Mapping) -> Iterable[Finding]:
 
 
 def garbled(rows: Sequence[dict]) -> Iterable[Finding]:
-    """Repetition, non-words, and answers that stop in the middle."""
+    """Repetition, non-words, remains of a chat template, and answers that stop in the middle."""
     texts = [(row["prediction"], row["reference"] or "") for row in rows if row["error"] is None]
     for kind, test, words in (
         ("repetition", lambda t, _: repeats(t), "repeat themselves"),
         ("non-words", lambda t, _: nonsense(t), "hold strings that are no words"),
+        ("remains", lambda t, _: answer_words.has_remains(t), "hold a chat template's marks or thinking, and are read without"),
         ("stop short", stops_short, "are no more than the beginning of their reference, as if cut"),
     ):
         hits = [text for text, reference in texts if test(text, reference)]

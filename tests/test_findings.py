@@ -122,6 +122,14 @@ def test_a_member_of_many_sets_that_is_never_found_is_said():
     assert "recall near zero" not in serious(found) and about["answers"]["recall"]["femur"] == {"found": 10, "n": 10}
 
 
+def test_remains_of_a_chat_template_are_said_once():
+    texts = ("good<|im_end|>", "<think>The edges are sharp.</think>good", "low<|eot_id|>")
+    _, found, _ = judged([("low" if n % 3 == 2 else "good", texts[n % 3]) for n in range(60)], "Q6")
+    (told,) = (f for f in found if f.kind == "remains")
+    assert told.serious and told.text.startswith("60 of 60 answers (100.0%) hold a chat template's marks or thinking")
+    assert "remains" not in serious(judged([("good", "good, p < 0.05 </br>")] * 30 + [("low", "low")] * 30, "Q6")[1])
+
+
 def test_control_characters_of_an_answer_do_not_reach_the_terminal():
     _, found, _ = judged([("good", "\x1b[31mgood\x1b]0;x\x07")] * 30 + [("low", "\x1b[31mgood")] * 30, "Q6")
     assert not any("\x1b" in f.text or "\x07" in f.text for f in found) and "non-words" in serious(found)

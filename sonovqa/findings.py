@@ -3,7 +3,8 @@
 A finding is serious, and ends `evaluate.py --strict` with 1, or it is a caution, which never does:
 
 - always serious: what `provenance` finds shared with training or unlike it, ``nothing scored``, ``constant``, ``unrelated``,
-  ``recall near zero``, ``no ranking``, ``not above baseline``; of more than `RARE` of the answers ``unread``, ``cut``, ``repetition``, ``non-words``, ``remains``, ``stop short``;
+  ``recall near zero``, ``no ranking``, ``not above baseline``; of more than `RARE` of the answers ``unread``,
+  ``references unread``, ``cut``, ``repetition``, ``non-words``, ``remains``, ``stop short``;
 - serious above `RARE` of the rows, else a caution: ``failed``, ``unmatched``, ``missing``, ``no probabilities``, and
   ``repeated``, of which the rows count whose last answer says something else;
 - ``few groups``: serious where the whole evaluation has fewer than `metrics.FEWEST_GROUPS`, a caution below `FEW_GROUPS` and

@@ -273,6 +273,9 @@ def describe(found: Sequence[Finding], scores: Mapping) -> str:
         return f"{len(serious)} thing{'s' if len(serious) > 1 else ''} to know before reading the scores:"
     blind = " and the blind" if scores["blind"] else ""
     unclear = sorted((f.question for f in found if f.kind == "few groups" and f.question), key=measures.order_of)
+    differing = {kind for kind in kinds if scores["questions"][kind]["answers"]["reference"]["distinct"] > 1}
+    if unclear and differing <= set(unclear):
+        return f"Too few groups to tell whether {', '.join(unclear)} is above the majority answer; nothing suspicious found."
     apart = f", too few groups to tell on {', '.join(unclear)}" if unclear else ""
     return f"Above the majority{blind} answer wherever references differ{apart}; nothing suspicious found."
 

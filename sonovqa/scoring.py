@@ -11,6 +11,7 @@ import numpy as np
 
 from sonovqa import asking, coherence, measures, metrics, report_sections
 from sonovqa.asking import Item
+from sonovqa.findings import ENOUGH
 from sonovqa.metrics import Resamples, Score
 from sonovqa.predictions import Key
 from sonovqa.questions import REPORT_ID
@@ -260,7 +261,7 @@ def _recall(rows: Sequence[dict], right: Sequence[bool]) -> dict:
         if measures.meaning(row, row["reference"]) is None:
             continue
         wanted = measures.names_in(row, row["reference"])
-        counts.update(wanted)
+        counts.update(sorted(wanted))
         of_set = row["question_id"] in measures.SETS
         hits.update(wanted if ok else wanted & measures.names_in(row, row["prediction"]) if of_set else ())
     return {name: {"found": hits[name], "n": n} for name, n in counts.most_common(MOST_NAMES)}
@@ -305,7 +306,8 @@ def _slices(rows: Sequence[dict], verdicts: Sequence[Verdict], scores: Mapping[s
         for name in measures.names_in(row, row["reference"]) if by == "answer" else (row[by] or "",):
             members[name].append(at)
     if by == "answer":
-        members = dict(sorted(members.items(), key=lambda entry: (-len(entry[1]), entry[0]))[:MOST_CLASSES])
+        often = sorted((entry for entry in members.items() if len(entry[1]) >= ENOUGH), key=lambda e: (-len(e[1]), e[0]))
+        members = dict(often[:MOST_CLASSES])
     if len(members) < 2:
         return {}
     name = "accuracy" if by == "answer" and scores[headline].classes else headline

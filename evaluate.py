@@ -53,6 +53,7 @@ from sonovqa import (
     scoring,
     text_only,
     unscored,
+    weak_slices,
 )
 from sonovqa import evaluation_flags as flags
 from sonovqa.cli import UserError, console
@@ -186,10 +187,12 @@ def finish(args: argparse.Namespace, out: Path, scores: dict, found: list, rows:
     """Write scores.json and report.html, print the findings and the table; 1 with --strict and a serious finding."""
     found = sorted(found, key=lambda f: not f.serious)
     verdict = findings.describe(found, scores)
-    record = {"verdict": verdict, "findings": [f.json() for f in found], **scores, **stamp(args)}
+    weakest = weak_slices.worst(scores["questions"])
+    record = {"verdict": verdict, "findings": [f.json() for f in found], "weakest": weakest, **scores, **stamp(args)}
     files.write_json(out / "scores.json", record)
     files.write_text(out / "report.html", report_html.render(record, rows, raw, args.gallery))
     scoretable.show(scores, verdict, found, console)
+    weak_slices.show(weakest, console)
     calibration.show(scores, console)
     if "coherence" in scores:
         console.print(coherence.line(scores["coherence"]), markup=False, soft_wrap=True)
@@ -217,14 +220,15 @@ def score(argv: list[str]) -> int:
         joined = elsewhere.unreferenced(rows)
         found = unscored.report(joined, out / "scores.json", console)
         return 1 if args.strict and any(f.serious for f in found) else 0
-    items, train, raw = elsewhere.references(args.data, args.split, args.group_column)
+    items, train, raw = elsewhere.references(args.data, args.split, rows, args.group_column)
     wording = bertscore.wording(args.bertscore)
     joined = elsewhere.join(rows, items)
     elsewhere.list_unmatched(joined, console)
     scores = scoring.score(joined.rows, scoring.without_blind(train, items), args.resamples, args.seed, wording)
-    scores |= {"unmatched": joined.unmatched, "missing": joined.missing}
+    scores |= {"unmatched": joined.unmatched, "missing": joined.missing, "repeated": joined.repeated}
     predictions.write(out / "predictions.jsonl", joined.rows)
-    return finish(args, out, scores, findings.find(scores, joined.rows) + elsewhere.find(joined), joined.rows, raw)
+    found = findings.find(scores, joined.rows) + elsewhere.find(joined, args.split if raw is not None else None)
+    return finish(args, out, scores, found, joined.rows, raw)
 
 
 def compare(argv: list[str]) -> int:

@@ -8,6 +8,7 @@ against coverage (El-Yaniv & Wiener, 2010; Geifman & El-Yaniv, 2017); `ranking` 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,22 +18,24 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sonovqa import confidence, measures, metrics, ranking, report_sections
+from sonovqa import confidence, measures, metrics, ranking, report_sections, scoretable
 from sonovqa.asking import Item
 from sonovqa.cli import UserError
 from sonovqa.findings import ENOUGH, RARE, Finding
 from sonovqa.metrics import Resamples, Score, mean
 from sonovqa.predictions import Key
 
-BINS = 10  # of the calibration error; fewer where there are fewer than `BIN_ROWS` rows for each
+BINS = 10  # of the calibration error; fewer where there are fewer than `BIN_ROWS` rows for each, but in one bin all errors cancel
+FEWEST_BINS = 5
 BIN_ROWS = 10
+CHANCE_DRAWS = 200  # of outcomes, to say what perfectly calibrated probabilities would show
 COVERAGES = tuple(round(0.05 * step, 2) for step in range(20, 0, -1))
 POSITIVE = {"Q7": ("abnormal", "normal"), "closed": ("yes", "no")}
 
 
 def bins_of(probability: np.ndarray) -> np.ndarray:
     """The bin of each probability ``[n]``: of equal mass, except that equal probabilities share one."""
-    count = max(1, min(BINS, len(probability) // BIN_ROWS))
+    count = max(FEWEST_BINS, min(BINS, len(probability) // BIN_ROWS))
     edges = np.unique(np.quantile(probability, np.linspace(0, 1, count + 1)[1:-1])) if len(probability) else []
     return np.searchsorted(edges, probability, side="right")
 
@@ -52,6 +55,22 @@ def calibration_error(probability: np.ndarray, came_true: np.ndarray) -> Score:
     return Score(columns, of_sums, higher=False, bounds=None)
 
 
+def error_by_chance(probability: np.ndarray, groups: Sequence[str], seed: int = 0) -> float:
+    """The calibration error that perfectly calibrated probabilities would show with as few rows: its mean over drawn outcomes.
+
+    The error is a mean of absolute values, so chance only ever adds to it (Roelofs et al., 2022). The rows of a group come
+    true together, as they may at worst.
+
+    Args:
+        probability: ``[n]``. groups: of the rows.
+    """
+    if not len(probability):
+        return math.nan
+    place = np.unique(np.asarray(groups, object).astype(str), return_inverse=True)[1]
+    luck = np.random.default_rng(seed).random((CHANCE_DRAWS, place.max() + 1))[:, place]
+    return float(np.mean([calibration_error(probability, came < probability).value for came in luck]))
+
+
 def reliability(probability: np.ndarray, came_true: np.ndarray) -> list[dict]:
     """The bins of `calibration_error`: rows, mean probability and the share that came true."""
     which = bins_of(probability)
@@ -60,9 +79,13 @@ def reliability(probability: np.ndarray, came_true: np.ndarray) -> list[dict]:
 
 
 def coverage(certain: np.ndarray, right: np.ndarray) -> list[dict]:
-    """Accuracy of the most confident answers, at `COVERAGES` of them, and the confidence from which on they are given."""
+    """Accuracy of the most confident answers, at `COVERAGES` of them, and the confidence from which on they are given.
+
+    Of equally confident answers as many are right as on average, whatever the order of the rows.
+    """
     order = np.argsort(-certain, kind="stable")
-    hits = np.cumsum(right[order])
+    _, place, alike = np.unique(certain, return_inverse=True, return_counts=True)
+    hits = np.cumsum((np.bincount(place, right) / np.maximum(alike, 1))[place][order])
     curve = []
     for share in COVERAGES if len(certain) else ():
         count = max(1, round(share * len(certain)))
@@ -202,8 +225,17 @@ def differences(kind: str, first: Sequence[Mapping], second: Sequence[Mapping], 
 
 
 def _calibration(probability: np.ndarray, came_true: np.ndarray, groups: Sequence[str], draws: Resamples) -> dict:
-    error = _score(calibration_error(probability, came_true), groups, draws)
-    return {"calibration error": error, "reliability": reliability(probability, came_true)}
+    """The calibration error beside what chance alone would show.
+
+    Resampled rows repeat, which adds to the error once more: the interval is moved back by that much.
+    """
+    error = calibration_error(probability, came_true)
+    made = _score(error, groups, draws)
+    if made["interval"]:
+        added = float(np.mean(draws.values(error, groups))) - error.value
+        made["interval"] = [round(max(0.0, end - added), 6) for end in made["interval"]]
+    made["by chance"] = round(error_by_chance(probability, groups), 6) if len(probability) else None
+    return {"calibration error": made, "reliability": reliability(probability, came_true)}
 
 
 def _abstain(certain: np.ndarray, right: np.ndarray, groups: Sequence[str], below: float | None, draws: Resamples) -> dict | None:
@@ -233,7 +265,7 @@ def _fallback(
 def _score(score: Score, groups: Sequence[str], draws: Resamples) -> dict:
     span = draws.interval(score, groups)
     counted = [group for group, columns in zip(groups, score.columns, strict=True) if columns.any()]
-    return ranking.figure(score.value, span or (np.nan, np.nan), len(counted), counted)
+    return ranking.figure(score.value, span, len(counted), counted, score.carriers(groups))
 
 
 def find(scores: Mapping, asked: int, told: int) -> Iterable[Finding]:
@@ -269,7 +301,5 @@ def show(scores: Mapping, console: Console) -> None:
     for kind, about in found.items():
         for name in names:
             figure = about[name]
-            span = f" \\[{figure['interval'][0]:.2f}, {figure['interval'][1]:.2f}]" if figure["interval"] else ""
-            text = "-" if figure["value"] is None else f"{figure['value']:.2f}{span}"
-            table.add_row(kind, name, text, f"{about['positives']}/{figure['n']}")
+            table.add_row(kind, name, scoretable.value(figure), f"{about['positives']}/{figure['n']}")
     console.print(table)

@@ -10,11 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sonovqa import calibration, confidence, files, measures, predictions, ranking, report_sections
+from sonovqa import calibration, confidence, files, findings, measures, metrics, predictions, ranking, report_sections
 from sonovqa.cli import UserError
+from sonovqa.findings import counted
 from sonovqa.metrics import Resamples
 from sonovqa.predictions import Key
-from sonovqa.scoretable import PIPE_WIDTH, arrow
+from sonovqa.scoretable import PIPE_WIDTH, arrow, span
 
 
 def folder_of(path: Path, split: str = "test") -> Path:
@@ -66,7 +67,7 @@ def compare(
 
     Returns:
         ``{"shared", "only_first", "only_second", "skipped", "answered_by_both", "groups", "resamples", "questions": {kind:
-        {score: {first, second, difference, interval, n, groups, higher_is_better}}}}``; ``skipped`` names the kinds of
+        {score: {first, second, difference, interval, n, groups, carriers, higher_is_better}}}}``; ``skipped`` names the kinds of
         question that ``first`` or ``second`` alone was asked. Failed requests of either side are left out of both.
 
     Raises:
@@ -115,11 +116,13 @@ def _differences(kind: str, first: Sequence[dict], second: Sequence[dict], draws
     for name in dict.fromkeys((measures.headline(kind, ours), *ours)):
         interval = draws.difference(theirs[name], ours[name], groups)
         values = ours[name].value, theirs[name].value
+        counted = ours[name].columns.any(axis=1)
         defined = all(value == value for value in values)
         out[name] = {
             "first": values[0] if defined else None, "second": values[1] if defined else None,
             "difference": values[1] - values[0] if defined else None, "interval": list(interval) if interval else None,
-            "n": int(ours[name].columns.any(axis=1).sum()), "groups": len(set(groups)), "higher_is_better": ours[name].higher,
+            "n": int(counted.sum()), "groups": len({g for g, c in zip(groups, counted, strict=True) if c}),
+            "carriers": min(ours[name].carriers(groups), theirs[name].carriers(groups)), "higher_is_better": ours[name].higher,
         }  # fmt: skip
     return out
 
@@ -138,22 +141,27 @@ def compare_with_first(paths: Sequence[Path], split: str, resamples: int, seed: 
 
 
 def verdict(made: Mapping, first: str, second: str) -> str:
-    """One sentence: on which questions the second is clearly better, clearly worse, or no different."""
-    better, worse, same = [], [], []
+    """One sentence: on which questions the second is clearly better, clearly worse, or no different, or nobody can tell."""
+    better, worse, same, few = [], [], [], []
     for kind, scores in made["questions"].items():
         figure = next(iter(scores.values()))
-        if not figure["interval"] or figure["interval"][0] <= 0 <= figure["interval"][1]:
+        if figure["carriers"] < metrics.FEWEST_GROUPS:
+            few.append(kind)
+        elif not figure["interval"] or figure["interval"][0] <= 0 <= figure["interval"][1]:
             same.append(kind)
         else:
             (better if (figure["difference"] > 0) == figure["higher_is_better"] else worse).append(kind)
     parts = [f"{words} on {', '.join(kinds)}" for words, kinds in (("worse", worse), ("better", better)) if kinds]
-    rest = f"no clear difference on {', '.join(same)}" if same else ""
-    return f"{second} against {first}: {'; '.join([*parts, rest] if rest else parts)}."
+    rest = (("no clear difference", same), ("too few groups to tell", few))
+    parts += [f"{words} on {', '.join(kinds)}" for words, kinds in rest if kinds]
+    return f"{second} against {first}: {'; '.join(parts)}."
 
 
 def show(made: Mapping, first: str, second: str, console: Console) -> None:
     """Print the verdict and one row a question: its headline score on both sides and the paired difference."""
     console.print(verdict(made, first, second), style="bold", markup=False, soft_wrap=True)
+    for finding in findings.few_groups(made["groups"]):
+        console.print(f"  {'!' if finding.serious else '·'} {finding.text}", markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "score", "first", "second", "difference \\[95 %]", "n/groups"):
         table.add_column(name, justify="right" if name in ("first", "second", "n/groups") else "left")
@@ -162,15 +170,15 @@ def show(made: Mapping, first: str, second: str, console: Console) -> None:
             figure = scores[name]
             if figure["difference"] is None:
                 continue
-            span = f" \\[{figure['interval'][0]:+.2f}, {figure['interval'][1]:+.2f}]" if figure["interval"] else ""
-            table.add_row(kind, f"{name} {arrow(figure)}", f"{figure['first']:.3f}", f"{figure['second']:.3f}",
-                          f"{figure['difference']:+.3f}{span}", f"{figure['n']}/{figure['groups']}")  # fmt: skip
+            gain = f"{figure['difference']:+.3f}{span(figure, figure['interval'], '+.2f')}"
+            sides = (f"{figure[side]:.3f}" for side in ("first", "second"))
+            table.add_row(kind, f"{name} {arrow(figure)}", *sides, gain, f"{figure['n']}/{figure['groups']}")
     wide = console if console.is_terminal else Console(file=console.file, width=PIPE_WIDTH, highlight=False)
     wide.print(table)
     left_out = made["shared"] - made["answered_by_both"]
     console.print(
         f"{made['answered_by_both']} questions answered by both ({left_out} left out because a request failed, "
-        f"{made['only_first']} and {made['only_second']} asked of one only), resampled by {made['groups']} groups.",
+        f"{made['only_first']} and {made['only_second']} asked of one only), resampled by {counted(made['groups'], 'group')}.",
         style="dim", soft_wrap=True,
     )  # fmt: skip
     for side, name in (("first", first), ("second", second)):

@@ -9,22 +9,40 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
-from sonovqa import asking, predictions
+from sonovqa import answer_words, asking, chat, predictions
 from sonovqa.asking import Item
 from sonovqa.cli import UserError
-from sonovqa.findings import RARE, Finding
-from sonovqa.questions import QUESTIONS, REPORT_ID
+from sonovqa.findings import RARE, Finding, counted, printable
+from sonovqa.predictions import Key
+from sonovqa.questions import QUESTIONS, REPORT_ID, report_text
 
 SHEETS = (".xlsx", ".xlsm", ".csv")
-#: How tools write a failure where the answer should be: "ERROR: 500", "[Error] timed out", "Error code: 429 - …".
-FAILURE = re.compile(r"\s*\W?(?:error\W?\s*(?::|code\b|\d)|error(?:\s*$|\])|exception\b.*:|traceback \(most)", re.IGNORECASE)
+#: How tools write a failure where the answer should be. Each alternative is what a program says, at the answer's beginning;
+#: words that a sonographer may write too ("not found", "None", "no error seen", "limited") are none of them.
+FAILURE = re.compile(
+    r"""\s*(?:
+    \{\s*["']errors?["']\s*:(?!\s*(?:null|none|false|""|''|\[\]))                    # {"error": {"message": …}}
+    | <(?:!doctype|html|head|title|\?xml)\b                                          # <html>… 502
+    | (?!\{)\W{0,3}(?:
+        error\W?\s*(?::|code\b|\d) | error(?:\s*$|\]) | exception\b.*: | traceback\ \(most  # "ERROR: 500", "[Error] timed out"
+        | [a-z_.]*[a-z](?:error|exception|timeout)\s*[:(]                             # "openai.RateLimitError: 429"
+        | (?:http\S*|status(?:\ code)?)(?:\ error)?\W*[45]\d\d\b                      # "HTTP 500", "HTTP/1.1 502 Bad Gateway"
+        | (?:[45]\d\d\W+)?(?:internal\ server\ error|bad\ gateway|gateway\ time-?out|service\ (?:temporarily\ )?unavailable
+            |too\ many\ requests|rate\ limit\ (?:exceeded|reached))\b                # "503 Service Unavailable"
+        | [45]\d\d\ (?:client|server)\ error\b                                       # "404 Client Error: …"
+        | (?:the\ )?(?:request|connection|operation|read)\ (?:has\ |was\ )?(?:timed\ out|timeout|refused|reset|aborted)\b
+        | (?:connection|api)\ error\b
+        | (?:null|nan|undefined)\W*$                                                 # an empty value written out
+    ))""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 
 @dataclass
@@ -35,11 +53,23 @@ class Joined:
         rows: like the rows of predictions.jsonl (`asking.row_of`); failed ones have ``error``.
         unmatched: rows that match no reference, each with the reason.
         missing: how many references have no prediction.
+        repeated: answers to a question that a later row answers again, which is the one that counts; those that ``differ``
+            from it by more than white space.
     """
 
     rows: list[dict] = field(default_factory=list)
     unmatched: list[dict] = field(default_factory=list)
     missing: int = 0
+    repeated: int = 0
+    differ: int = 0
+
+    def keep(self, found: Mapping[Key, Sequence[dict]]) -> None:
+        """Take of every question its last row; answers before it are counted, attempts that failed before it are not."""
+        for *earlier, last in found.values():
+            answers = [row["prediction"] for row in earlier if row["error"] is None]
+            self.rows.append(last)
+            self.repeated += len(answers)
+            self.differ += sum(answer.split() != (last["prediction"] or "").split() for answer in answers)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -55,12 +85,15 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def references(path: Path, split: str, group_column: str | None = None):
+def references(path: Path, split: str, rows: Sequence[Mapping], group_column: str | None = None):
     """The questions to score against and, where there are any, those of the training split and the images.
+
+    Combined reports are asked for where ``rows`` hold some, single questions where they hold any.
 
     Args:
         path: a folder made by prepare_dataset.py, or an annotation sheet (workbook or CSV) without images.
         split: of a prepared set.
+        rows: the predictions, of which only the questions are looked at.
         group_column: of a sheet: its patient column; without one every image is its own group.
 
     Returns:
@@ -69,15 +102,12 @@ def references(path: Path, split: str, group_column: str | None = None):
     Raises:
         UserError: if ``path`` is neither, or holds no answers.
     """
+    reports = [_known_question(row) == REPORT_ID for row in rows]
+    tasks = ["all"] * (not all(reports)) + [REPORT_ID] * any(reports)
     if path.suffix.lower() in SHEETS:
         from sonovqa.sheets import read_sheet
 
-        items = []
-        for number, row in enumerate(read_sheet(path, {}, group_column)):
-            image = f"{row.folder}/{row.image}"
-            for question_id, answer in row.answers.items():
-                prompt = QUESTIONS[question_id].prompts["default"]
-                items.append(Item(number, image, row.group or image, row.folder, None, question_id, prompt, "", prompt, answer))
+        items = [item for row in enumerate(read_sheet(path, {}, group_column)) for item in _items_of_row(*row, tasks)]
         if not items:
             raise UserError(
                 f"the sheet holds no finished answers; {path}; rows whose status is complete; finish some, or name another"
@@ -86,7 +116,18 @@ def references(path: Path, split: str, group_column: str | None = None):
     from sonovqa import dataset
 
     splits = dataset.load_undecoded(path)
-    return asking.items_of(splits[split]), asking.items_of(splits["train"]), splits[split]
+    items = [item for task in tasks for item in asking.items_of(splits[split], task)]
+    return items, asking.items_of(splits["train"]), splits[split]
+
+
+def _items_of_row(number: int, row, tasks: Sequence[str]) -> Iterable[Item]:
+    """The questions, the report or both of one row of a sheet."""
+    image = f"{row.folder}/{row.image}"
+    asked = {q: (QUESTIONS[q].prompts["default"], answer) for q, answer in row.answers.items() if "all" in tasks}
+    if REPORT_ID in tasks and (text := report_text(row.answers)):
+        asked[REPORT_ID] = (chat.prompt_for(REPORT_ID, ""), text)
+    for question_id, (prompt, answer) in asked.items():
+        yield Item(number, image, row.group or image, row.folder, None, question_id, prompt, "", prompt, answer)
 
 
 def join(rows: Sequence[Mapping], items: Sequence[Item]) -> Joined:
@@ -100,7 +141,7 @@ def join(rows: Sequence[Mapping], items: Sequence[Item]) -> Joined:
         asked = by_image.setdefault(item.image_id, {})
         asked[item.question_id] = item
         asked.setdefault(_words(item.question), item)
-    joined, found = Joined(), {}
+    joined, found = Joined(), defaultdict(list)
     for row in rows:
         image_id = _image_of(row, images)
         item = _question_of(row, by_image.get(image_id or "", {}))
@@ -110,15 +151,15 @@ def join(rows: Sequence[Mapping], items: Sequence[Item]) -> Joined:
                 {"reason": reason} | {k: row.get(k) for k in ("image_id", "image", "question_id", "question") if k in row}
             )
         else:
-            found[item.key] = _joined_row(row, item)
-    joined.rows = list(found.values())
+            found[item.key].append(_joined_row(row, item))
+    joined.keep(found)
     joined.missing = sum(item.key not in found for item in items)
     return joined
 
 
 def unreferenced(rows: Sequence[Mapping]) -> Joined:
     """Rows without any reference: the category is the first part of the image's path, and nothing can be scored."""
-    joined, found = Joined(), {}
+    joined, found = Joined(), defaultdict(list)
     for number, row in enumerate(rows):
         image_id = str(row.get("image_id") or row.get("image") or "").replace("\\", "/")
         question_id = _known_question(row) or str(row.get("question_id") or row.get("question") or "")
@@ -127,8 +168,8 @@ def unreferenced(rows: Sequence[Mapping]) -> Joined:
             continue
         category = image_id.split("/")[0] if "/" in image_id else ""
         item = Item(number, image_id, image_id, category, None, question_id, str(row.get("question") or ""), "", "", "")
-        found[item.key] = _joined_row(row, item) | {"reference": None}
-    joined.rows = list(found.values())
+        found[item.key].append(_joined_row(row, item) | {"reference": None})
+    joined.keep(found)
     return joined
 
 
@@ -137,13 +178,26 @@ def list_unmatched(joined: Joined, console: Console, most: int = 5) -> None:
     for reason, count in Counter(row["reason"] for row in joined.unmatched).items():
         some = [row for row in joined.unmatched if row["reason"] == reason][:most]
         named = "; ".join(" ".join(str(v) for k, v in row.items() if k != "reason" and v is not None) for row in some)
-        console.print(f"not scored: {count} rows: {reason}, such as {named}", markup=False, soft_wrap=True)
+        line = f"not scored: {counted(count, 'row')}: {reason}, such as {printable(named)}"
+        console.print(line, markup=False, soft_wrap=True)
 
 
-def find(joined: Joined) -> list[Finding]:
-    """Rows without a reference and references without an answer, as findings."""
+def find(joined: Joined, split: str | None = None) -> list[Finding]:
+    """Rows without a reference, references without an answer, questions answered more than once, a split not held out.
+
+    Args:
+        split: the evaluated one of a prepared set.
+    """
     found = []
     total = len(joined.rows) + len(joined.unmatched)
+    if joined.repeated:
+        text = f"{counted(joined.repeated, 'row')} answered a question that a later row answers again"
+        text += f", {joined.differ} of them otherwise; only the last row of a question counts"
+        share = joined.repeated / (joined.repeated + len(joined.rows))
+        found.append(Finding("repeated", None, share, text, joined.differ > RARE * len(joined.rows)))
+    if split in ("train", "validation"):
+        text = f"the {split} split is not held out: a model trained with this data set was trained or chosen on it"
+        found.append(Finding("not held out", None, 0, text, split == "train"))
     if joined.unmatched:
         share = len(joined.unmatched) / total
         text = f"{len(joined.unmatched)} of {total} rows ({share:.1%}) match no reference and are not scored"
@@ -157,10 +211,10 @@ def find(joined: Joined) -> list[Finding]:
 
 def _joined_row(row: Mapping, item: Item) -> dict:
     text = row.get("prediction")
-    error = row.get("error")
+    error = row.get("error") or None  # tools write "" or false beside good answers
     if error is None and (text is None or not str(text).strip()):
         error = "empty answer"
-    elif error is None and FAILURE.match(str(text)):
+    elif error is None and FAILURE.match(answer_words.answer_part(str(text))):
         error = " ".join(str(text).split())[:200]
     return {
         "image_id": item.image_id, "group": item.group, "category": item.category, "question_id": item.question_id,

@@ -39,7 +39,11 @@ def add_scoring(group) -> None:
     """What is scored and shown."""
     group.add_argument("--bertscore", metavar="MODEL", help="BERTScore by a model folder or downloaded hub id")
     group.add_argument("--gallery", type=int, default=200, help="most answers with their images in report.html")
-    group.add_argument("--strict", action="store_true", help="exit 1 if there is any serious finding")
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit 1 if any finding is serious (marked “!”; “·” is a caution)",
+    )
 
 
 def add_confidence(sure) -> None:

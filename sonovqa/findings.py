@@ -1,14 +1,29 @@
-"""What a reader must know before believing a score: one sentence each with its figure, the gravest first."""
+"""What a reader must know before believing a score: one sentence each with its figure, the gravest first.
+
+A finding is serious, and ends `evaluate.py --strict` with 1, or it is a caution, which never does:
+
+- always serious: what `provenance` finds shared with training or unlike it, ``nothing scored``, ``constant``, ``unrelated``,
+  ``recall near zero``, ``no ranking``, ``not above baseline``; of more than `RARE` of the answers ``unread``,
+  ``references unread``, ``cut``, ``repetition``, ``non-words``, ``remains``, ``stop short``;
+- serious above `RARE` of the rows, else a caution: ``failed``, ``unmatched``, ``missing``, ``no probabilities``, and
+  ``repeated``, of which the rows count whose last answer says something else;
+- ``few groups``: serious where the whole evaluation has fewer than `metrics.FEWEST_GROUPS`, a caution below `FEW_GROUPS` and
+  where that is true of one question only; ``below base``: serious where the interval leaves no doubt; ``not held out``:
+  serious for the training split;
+- cautions: ``no positive``, ``one reference``, ``no blind``, ``no category``, ``little mass``.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from sonovqa import measures
+from sonovqa import answer_words, measures
+from sonovqa.metrics import FEWEST_GROUPS
 
 #: Shares above which failed, unread, cut or garbled answers are said aloud (issue 5: "above 1 %").
 RARE = 0.01
@@ -16,6 +31,11 @@ RARE = 0.01
 LOW_RECALL, ENOUGH = 0.05, 5
 #: Intervals from fewer groups are too narrow (percentile bootstrap; Cameron, Gelbach & Miller, 2008).
 FEW_GROUPS = 20
+#: Answers that vary too little, or tell too little of the category. Thresholds by 75 evaluations of a tiny model: the least
+#: that still found something in the images (0.34 against a majority of 0.15) is above the last two, those that said one
+#: thing below all three. Shares and bits of fewer rows differ by as much by chance.
+SHARE_ABOVE, ENTROPY_SHARE, BITS_SHARE, ENOUGH_TO_VARY = 0.25, 0.5, 0.25, 30
+ENTROPY_GAP = 0.3  # bits by which the entropies differ at least: half of next to nothing is no finding
 
 
 @dataclass(frozen=True)
@@ -60,7 +80,7 @@ def failures(scores: Mapping, rows: Sequence[dict]) -> Iterable[Finding]:
     """Requests that gave no answer."""
     asked, failed = scores["overall"]["asked"], scores["overall"]["failed"]
     if failed:
-        reason, _ = Counter(str(row["error"])[:120] for row in rows if row["error"] is not None).most_common(1)[0]
+        reason, _ = Counter(short(str(row["error"]), 120) for row in rows if row["error"] is not None).most_common(1)[0]
         text = f"{failed} of {asked} requests ({failed / asked:.1%}) failed and are not scored; most often: {reason}"
         yield Finding("failed", None, failed / asked, text, failed / asked > RARE)
     if not asked - failed:
@@ -72,34 +92,44 @@ def constant(kind: str, about: Mapping) -> Iterable[Finding]:
     said, meant = about["answers"]["predicted"], about["answers"]["reference"]
     if about["n"] < ENOUGH or meant["distinct"] < 2 or said["commonest"] == "unread":  # `unread` says that
         return
-    told = f"“{_short(said['commonest'])}”"
+    told = f"“{short(said['commonest'])}”"
     if said["distinct"] == 1:
         text = f"{kind}: every one of {about['n']} images gets the same answer, {told}; {meant['distinct']} different are right"
         yield Finding("constant", kind, 1.0, text)
-    elif said["share"] > 0.8 and said["entropy_bits"] < 0.5 * meant["entropy_bits"] and said["share"] - meant["share"] > 0.1:
+        return
+    by_chance = math.sqrt(2 / about["n"])  # twice the largest standard error of a difference of two shares
+    monotonous = meant["entropy_bits"] - said["entropy_bits"] > ENTROPY_GAP and about["n"] >= ENOUGH_TO_VARY
+    monotonous = monotonous and said["entropy_bits"] < ENTROPY_SHARE * meant["entropy_bits"]
+    if monotonous or said["share"] - meant["share"] > max(SHARE_ABOVE, by_chance):
+        how = "hardly depend on the image" if monotonous or said["share"] > 0.8 else "vary too little between images"
         text = (
-            f"{kind}: answers hardly depend on the image: {said['share']:.0%} are {told}; the references' commonest is "
+            f"{kind}: answers {how}: {said['share']:.0%} are {told}; the references' commonest is "
             f"{meant['share']:.0%} (entropy {said['entropy_bits']:.2f} against {meant['entropy_bits']:.2f} bits)"
         )
         yield Finding("constant", kind, said["share"], text)
 
 
 def unfound(kind: str, about: Mapping) -> Iterable[Finding]:
-    """Classes that are hardly ever found."""
+    """Classes, or members of sets, that are hardly ever found."""
     if len(about["answers"]["recall"]) < 2:
         return
     missed = [(label, r["found"], r["n"]) for label, r in about["answers"]["recall"].items()
               if r["n"] >= ENOUGH and r["found"] < LOW_RECALL * r["n"]]  # fmt: skip
     if missed:
-        shown = ", ".join(f"“{_short(label)}” {hits} of {n}" for label, hits, n in missed[:3])
+        shown = ", ".join(f"“{short(label)}” {hits} of {n}" for label, hits, n in missed[:3])
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
         yield Finding("recall near zero", kind, missed[0][1] / missed[0][2], f"{kind}: hardly ever found: {shown}{more}")
 
 
 def not_above(kind: str, about: Mapping) -> Iterable[Finding]:
-    """A score whose paired difference to a baseline may be nothing, or less."""
-    if not about["n"] or about["answers"]["reference"]["distinct"] < 2:
+    """A score whose paired difference to a baseline may be nothing, or less.
+
+    Where all references are the same nothing can be above the majority; there the score has to be clearly below it. From too
+    few groups only a difference of nothing or less is told (`unjudged` tells the rest).
+    """
+    if not about["n"]:
         return
+    one_reference = about["answers"]["reference"]["distinct"] < 2
     name = about["headline"]
     figure = about["metrics"][name]
     beaten_by = []
@@ -107,13 +137,22 @@ def not_above(kind: str, about: Mapping) -> Iterable[Finding]:
         other = figure.get(baseline)
         if other is None or other["value"] is None or not other["n"]:
             continue
-        low = other["difference_interval"][0] if other["difference_interval"] else other["difference"]
-        if other["difference"] <= 0 or low <= 0:
+        low, high = other["difference_interval"] or (other["difference"],) * 2
+        if high < 0 if one_reference else low <= 0 or other["difference"] <= 0:
             span = f", difference {other['difference']:+.2f}{_span(other['difference_interval'])}"
             beaten_by.append((other["difference"], f"{words} {other['value']:.2f}{span}"))
     if beaten_by and figure["value"] is not None:
         text = f"{kind}: {name} {figure['value']:.2f} is not above {' nor '.join(t for _, t in beaten_by)} (n={figure['n']})"
         yield Finding("not above baseline", kind, min(d for d, _ in beaten_by), text)
+
+
+def unjudged(kind: str, about: Mapping) -> Iterable[Finding]:
+    """A score above the majority's of which too few groups leave open whether that is more than chance."""
+    figure = about["metrics"][about["headline"]]
+    if about["n"] and figure["carriers"] < FEWEST_GROUPS and (figure["majority"]["difference"] or 0) > 0:
+        whose = " of the rarer class" if figure["carriers"] < figure["groups"] else ""
+        text = f"{kind}: {about['headline']} rests on {counted(figure['carriers'], 'group')}{whose}: it may be chance"
+        yield Finding("few groups", kind, figure["carriers"], text, False)
 
 
 def unread(kind: str, about: Mapping) -> Iterable[Finding]:
@@ -134,27 +173,32 @@ def cut(kind: str, about: Mapping) -> Iterable[Finding]:
 
 
 def unrelated(kind: str, about: Mapping) -> Iterable[Finding]:
-    """Answers that tell nothing of the image's category where the references do."""
+    """Answers that tell little or nothing of the image's category where the references do."""
     said, meant = about["answers"]["predicted"], about["answers"]["reference"]
-    if about["n"] >= 30 and meant["category_bits"] > 0.2 and said["category_bits"] < 0.1 * meant["category_bits"]:
+    if about["n"] < ENOUGH_TO_VARY or meant["category_bits"] <= 0.2:
+        return
+    share = said["category_bits"] / meant["category_bits"]
+    if share < 0.1 or (share < BITS_SHARE and meant["category_bits"] > 0.5):
+        how = "next to nothing" if share < 0.1 else "little"
         text = (
-            f"{kind}: answers have next to nothing to do with the image's category: {said['category_bits']:.2f} bits of mutual "
+            f"{kind}: answers have {how} to do with the image's category: {said['category_bits']:.2f} bits of mutual "
             f"information against the references' {meant['category_bits']:.2f}"
         )
         yield Finding("unrelated", kind, said["category_bits"], text)
 
 
 def garbled(rows: Sequence[dict]) -> Iterable[Finding]:
-    """Repetition, non-words, and answers that stop in the middle."""
+    """Repetition, non-words, remains of a chat template, and answers that stop in the middle."""
     texts = [(row["prediction"], row["reference"] or "") for row in rows if row["error"] is None]
     for kind, test, words in (
         ("repetition", lambda t, _: repeats(t), "repeat themselves"),
         ("non-words", lambda t, _: nonsense(t), "hold strings that are no words"),
+        ("remains", lambda t, _: answer_words.has_remains(t), "hold a chat template's marks or thinking, and are read without"),
         ("stop short", stops_short, "are no more than the beginning of their reference, as if cut"),
     ):
         hits = [text for text, reference in texts if test(text, reference)]
         if texts and len(hits) > RARE * len(texts):
-            text = f"{len(hits)} of {len(texts)} answers ({len(hits) / len(texts):.1%}) {words}, such as “{_short(hits[0])}”"
+            text = f"{len(hits)} of {len(texts)} answers ({len(hits) / len(texts):.1%}) {words}, such as “{short(hits[0])}”"
             yield Finding(kind, None, len(hits) / len(texts), text)
 
 
@@ -198,12 +242,23 @@ def cautions(scores: Mapping) -> Iterable[Finding]:
         text = f"{', '.join(same)}: all references are the same, so a score there says nothing"
         yield Finding("one reference", None, len(same), text, False)
     groups = scores["intervals"]["groups"]
-    if 0 < groups < FEW_GROUPS:
-        text = f"only {groups} groups: intervals from fewer than {FEW_GROUPS} are too narrow"
-        yield Finding("few groups", None, groups, text, False)
+    yield from few_groups(groups)
+    if groups >= FEWEST_GROUPS:
+        for kind, about in kinds:
+            yield from unjudged(kind, about)
     if not scores["blind"]:
         text = "the model was not asked blind, so nothing here shows that it looked at the images"
         yield Finding("no blind", None, 0, text, False)
+
+
+def few_groups(groups: int) -> Iterable[Finding]:
+    """Too few groups for good intervals, or, which is serious, for any interval and any verdict better or worse."""
+    if 0 < groups < FEWEST_GROUPS:
+        text = f"only {counted(groups, 'group')}: too few for an interval, and to say what is better or worse"
+        yield Finding("few groups", None, groups, text)
+    elif 0 < groups < FEW_GROUPS:
+        text = f"only {counted(groups, 'group')}: intervals from fewer than {FEW_GROUPS} are too narrow"
+        yield Finding("few groups", None, groups, text, False)
 
 
 def describe(found: Sequence[Finding], scores: Mapping) -> str:
@@ -217,7 +272,12 @@ def describe(found: Sequence[Finding], scores: Mapping) -> str:
     if serious:
         return f"{len(serious)} thing{'s' if len(serious) > 1 else ''} to know before reading the scores:"
     blind = " and the blind" if scores["blind"] else ""
-    return f"Above the majority{blind} answer wherever references differ; nothing suspicious found."
+    unclear = sorted((f.question for f in found if f.kind == "few groups" and f.question), key=measures.order_of)
+    differing = {kind for kind in kinds if scores["questions"][kind]["answers"]["reference"]["distinct"] > 1}
+    if unclear and differing <= set(unclear):
+        return f"Too few groups to tell whether {', '.join(unclear)} is above the majority answer; nothing suspicious found."
+    apart = f", too few groups to tell on {', '.join(unclear)}" if unclear else ""
+    return f"Above the majority{blind} answer wherever references differ{apart}; nothing suspicious found."
 
 
 def digest(found: Sequence[Finding]) -> list[Finding]:
@@ -233,8 +293,19 @@ def digest(found: Sequence[Finding]) -> list[Finding]:
     return out
 
 
-def _short(text: str | None, most: int = 60) -> str:
-    text = (text or "").replace("\n", " ")
+def printable(text: str) -> str:
+    """A text on one line and without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def counted(number: int, thing: str) -> str:
+    """``1 group``, ``2 groups``."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def short(text: str | None, most: int = 60) -> str:
+    """No more than so many characters of a text, `printable`."""
+    text = printable(text or "")
     return text if len(text) <= most else text[: most - 1] + "…"
 
 

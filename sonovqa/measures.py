@@ -18,6 +18,7 @@ Meaning = answers.Meaning
 Measure = Callable[[Sequence[Meaning | None], Sequence[Meaning | None]], dict[str, Score]]
 NEAR = 0.10  # a measured value within 10 % of the reference's counts as right in `within 10 %`
 TOLERANCE = 0.05  # two numbers in free answers mean the same within 5 %
+SETS = ("Q1", "Q4", "Q8")  # questions whose answer is a set of names
 _WEEK_BINS = ("under 8", *answers.CANONICAL["Q5"])
 
 
@@ -66,6 +67,25 @@ def key_of(row: dict, text: str) -> str:
     if found is None:
         return "unread"
     return next(iter(found.labels)) if row["question_id"] == "Q5" else found.key
+
+
+def names_in(row: dict, text: str) -> frozenset[str]:
+    """What ``text`` is counted under: each structure, parameter or action it names, else its one name (`key_of`)."""
+    found = meaning(row, text)
+    return found.labels if found and found.labels and row["question_id"] in SETS else frozenset((key_of(row, text),))
+
+
+def name_of(row: dict, text: str) -> str:
+    """`key_of`, but a set of parameters without its values where the reference has none: "HC 175 mm" then says "HC"."""
+    found = meaning(row, text)
+    if row["question_id"] != "Q4" or found is None or not found.values or _has_values(row):
+        return key_of(row, text)
+    return ", ".join(answers.ordered("Q4", found.labels))
+
+
+def _has_values(row: dict) -> bool:
+    found = meaning(row, row["reference"])
+    return bool(found and found.values)
 
 
 @functools.cache
@@ -140,21 +160,29 @@ def measure(kind: str, rows: Sequence[dict], texts: Sequence[str]) -> dict[str, 
     elif kind not in QUESTIONS:
         scores |= _numbers(rows, texts)
     scores["exact match"] = mean([text.strip() == reference.strip() for text, reference in zip(texts, references, strict=True)])
+    scores["normalised match"] = mean(
+        [_bare(row, text) == _bare(row, row["reference"]) for row, text in zip(rows, texts, strict=True)]
+    )
     return scores | overlap.wording(references, list(texts))
+
+
+def _bare(row: dict, text: str) -> str:
+    """A text in its canonical wording (`answers.normalise`), without case and final punctuation."""
+    return answers.normalise(row["question_id"], text).casefold().rstrip(" .,;:!")
 
 
 def headline(kind: str, scores: dict) -> str:
     """The score a question is judged by: F1 for sets, balanced accuracy for yes/no, `within 10 %` for values, `combined` for
     extractions, else accuracy.
 
-    Accuracy too where no reference could be read, so that there is no score of its own.
+    Accuracy too where that is not defined: no reference could be read, or none is positive.
     """
     if kind == "Q4" and "within 10 %" in scores:
         return "within 10 %"
     if "combined" in scores:
         return "combined"
     chosen = {"Q1": "F1", "Q4": "F1", "Q8": "F1", "Q7": "balanced accuracy"}.get(kind, "accuracy")
-    return chosen if chosen in scores else "accuracy"
+    return chosen if chosen in scores and math.isfinite(scores[chosen].value) else "accuracy"
 
 
 def _numbers(rows: Sequence[dict], texts: Sequence[str]) -> dict[str, Score]:
@@ -175,12 +203,7 @@ def _sets(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -
     """Precision, recall, F1 and F2 of Q1's structures, Q4's parameters or Q8's actions, averaged over images."""
     known = np.array([e is not None for e in expected], bool)
     scores = metrics.sets([e.labels if e else frozenset() for e in expected], [f.labels if f else None for f in found])
-    return {name: _only(score, known) for name, score in scores.items()}
-
-
-def _only(score: Score, rows: np.ndarray) -> Score:
-    """The same score with all other rows left out of its sums."""
-    return Score(score.columns * rows[:, None], score.of_sums, score.higher, score.bounds)
+    return {name: score.only(known) for name, score in scores.items()}
 
 
 def _orientation(expected: Sequence[Meaning | None], found: Sequence[Meaning | None]) -> dict[str, Score]:
@@ -267,7 +290,7 @@ def _two_classes(positive: str, negative: str) -> Measure:
         if not rows.any():
             return {}
         made = metrics.binary([t is True for t in truth], [classes.get(f.key) if f else None for f in found])
-        return {name: _only(score, rows) for name, score in made.items()}
+        return {name: score.only(rows) for name, score in made.items()}
 
     return scores
 

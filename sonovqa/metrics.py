@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 LEVEL = 0.95
+#: Below so many groups resampling them says nothing: of one group it always draws the same rows, of four it draws none of a
+#: given one in a third of all resamples. An interval is then left out, and with it any verdict better or worse.
+FEWEST_GROUPS = 5
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,15 @@ class Score:
         of_sums: from ``[..., k]`` sums to ``[...]`` values; NaN where the score is not defined (no positive row, say).
         higher: whether more is better; ``None`` where neither is.
         bounds: the values it can take, ``None`` for no limit; used where all resamples agree (`interval`).
+        classes: the columns of each class that the score needs, where it needs rows of more than one: its interval then
+            rests on the groups of the rarest class.
     """
 
     columns: np.ndarray
     of_sums: Callable[[np.ndarray], np.ndarray]
     higher: bool | None = True
     bounds: tuple[float, float] | None = (0.0, 1.0)
+    classes: tuple[tuple[int, ...], ...] = ()
 
     @property
     def value(self) -> float:
@@ -42,7 +48,20 @@ class Score:
 
     def take(self, rows: np.ndarray) -> Score:
         """The same score over some rows (indices or a mask)."""
-        return Score(self.columns[rows], self.of_sums, self.higher, self.bounds)
+        return replace(self, columns=self.columns[rows])
+
+    def only(self, rows: np.ndarray) -> Score:
+        """The same score with all rows outside a mask ``[n]`` left out of its sums."""
+        return replace(self, columns=self.columns * rows[:, None])
+
+    def carriers(self, groups: Sequence[str]) -> int:
+        """How many groups carry the score: those with a row that counts, of the rarest class there is where it needs several.
+
+        200 images of which 2 are abnormal say no more of sensitivity than 2 images do.
+        """
+        sides = [self.columns[:, list(columns)] for columns in self.classes] or [self.columns]
+        counts = [len({group for group, carries in zip(groups, side.any(axis=1)) if carries}) for side in sides]
+        return min((count for count in counts if count), default=0)
 
 
 class Resamples:
@@ -78,31 +97,37 @@ class Resamples:
         """The 95 % interval, or ``None`` where there is nothing to resample.
 
         All resamples agree when every row scores alike (none of 40 images missed); a width of zero would then claim too
-        much. A score within bounds gets Clopper and Pearson's exact limit for as many trials as there are groups.
+        much. A score within bounds gets Clopper and Pearson's exact limit for as many trials as groups carry it.
         """
         if not len(self.weights) or not len(groups):
             return None
-        low, high = widened(*percentiles(self.values(score, groups)), len(set(groups)), score.bounds)
-        return (low, high) if math.isfinite(low) else None
+        return limits(self.values(score, groups), score.carriers(groups), score.bounds)
 
     def difference(self, score: Score, other: Score, groups: Sequence[str]) -> tuple[float, float] | None:
-        """The 95 % interval of ``score - other`` over the same rows, resampled together."""
-        if not len(self.weights) or not len(groups):
+        """The 95 % interval of ``score - other`` over the same rows, resampled together; ``None`` for too few groups."""
+        groups_of_both = min(score.carriers(groups), other.carriers(groups))
+        if not len(self.weights) or groups_of_both < FEWEST_GROUPS:
             return None
-        low, high = percentiles(self.values(score, groups) - self.values(other, groups))
-        return (low, high) if math.isfinite(low) else None
+        bounds = (score.bounds[0] - other.bounds[1], score.bounds[1] - other.bounds[0]) if score.bounds and other.bounds else None
+        return limits(self.values(score, groups) - self.values(other, groups), groups_of_both, bounds)
 
 
-def widened(low: float, high: float, groups: int, bounds: tuple[float, float] | None) -> tuple[float, float]:
-    """An interval of no width at a bound, made as wide as `groups` trials that all went alike allow (Clopper & Pearson, 1934)."""
-    if high - low < 1e-12 and bounds:
-        reach = 1 - ((1 - LEVEL) / 2) ** (1 / groups)
-        bottom, top = bounds
-        if abs(low - top) < 1e-9:
-            low = top - reach * (top - bottom)
-        elif abs(high - bottom) < 1e-9:
-            high = bottom + reach * (top - bottom)
-    return low, high
+def limits(values: np.ndarray, groups: int, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The 95 % interval that resampled values give; ``None`` where they are never defined, or from too few groups.
+
+    Args:
+        values: ``[R]``. groups: how many carry the score. bounds: of the score.
+
+    Where all values agree at a bound, the interval is the exact one of ``groups`` trials that all went alike (Clopper &
+    Pearson, 1934), and that holds for few groups too.
+    """
+    low, high = percentiles(values)
+    if not math.isfinite(low):
+        return None
+    if high - low < 1e-12 and bounds and min(bounds[1] - low, high - bounds[0]) < 1e-9:
+        reach = (1 - ((1 - LEVEL) / 2) ** (1 / max(groups, 1))) * (bounds[1] - bounds[0])
+        return (bounds[1] - reach, bounds[1]) if bounds[1] - low < 1e-9 else (bounds[0], bounds[0] + reach)
+    return (low, high) if groups >= FEWEST_GROUPS else None
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:
@@ -141,6 +166,7 @@ def binary(truth: Sequence[bool], predicted: Sequence[bool | None]) -> dict[str,
     yes = np.array([p is True for p in predicted], bool)
     no = np.array([p is False for p in predicted], bool)
     columns = np.stack([truth & yes, truth & ~yes, ~truth & no, ~truth & ~no, ~truth & yes], axis=1).astype(float)
+    classes = ((0, 1), (2, 3))
 
     def sensitivity(s):
         return _ratio(s[..., 0], s[..., 0] + s[..., 1])
@@ -163,10 +189,10 @@ def binary(truth: Sequence[bool], predicted: Sequence[bool | None]) -> dict[str,
     return {
         "sensitivity": Score(columns[:, :2], sensitivity),  # its n is the positive rows
         "specificity": Score(columns[:, 2:4], lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 1])),
-        "balanced accuracy": Score(columns, balanced),
+        "balanced accuracy": Score(columns, balanced, classes=classes),
         "precision": Score(columns[:, [0, 4]], lambda s: _ratio(s[..., 0], s[..., 0] + s[..., 1])),
-        "F1": Score(columns, f1),
-        "MCC": Score(columns, mcc, bounds=(-1.0, 1.0)),
+        "F1": Score(columns, f1, classes=classes),
+        "MCC": Score(columns, mcc, bounds=(-1.0, 1.0), classes=classes),
     }
 
 

@@ -51,7 +51,7 @@ def overview(questions: Mapping[str, Mapping]) -> str:
             low, high = found["interval"] or (found["value"],) * 2
             axes.plot([low, high], [at, at], color=MODEL, linewidth=2.5, solid_capstyle="round", zorder=2)
             axes.plot(found["value"], at, "o", color=MODEL, markersize=8, label="model", zorder=4)
-    axes.set_yticks(range(len(kinds)), [f"{kind}  {questions[kind]['headline']}" for kind in kinds])
+    axes.set_yticks(range(len(kinds)), [f"{short(kind)}  {questions[kind]['headline']}" for kind in kinds])
     axes.invert_yaxis()
     axes.set_xlim(-0.02, 1.02)
     axes.grid(axis="x", alpha=0.3)
@@ -102,7 +102,7 @@ def coverage(curves: Mapping[str, Mapping]) -> str:
     """Accuracy of the answers that are given when the least confident are held back, a line a question."""
     figure, axes = axes_of(4.6, 3.6)
     for kind, found in curves.items():
-        axes.plot([p["coverage"] for p in found["curve"]], [p["accuracy"] for p in found["curve"]], marker=".", label=kind)
+        axes.plot([p["coverage"] for p in found["curve"]], [p["accuracy"] for p in found["curve"]], marker=".", label=short(kind))
     axes.set_xlim(0, 1.02)
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel("coverage: share answered, the surest first")
@@ -130,5 +130,5 @@ def slices(found: Mapping[str, Mapping], score: str) -> str:
 
 
 def short(name: str) -> str:
-    """A name that an axis has room for."""
-    return textwrap.shorten(name or "-", 28, placeholder="…")
+    """A name that an axis has room for, none of it taken for a formula."""
+    return textwrap.shorten(name or "-", 28, placeholder="…").replace("$", r"\$")

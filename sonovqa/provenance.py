@@ -10,6 +10,7 @@ from pathlib import Path
 from sonovqa import asking, comparing, dataset, prompt_variants
 from sonovqa.cli import UserError
 from sonovqa.findings import Finding
+from sonovqa.metrics import FEWEST_GROUPS
 from sonovqa.predictions import Key
 
 
@@ -124,9 +125,10 @@ def below_base(made: Mapping, name: str) -> Iterable[Finding]:
     for kind, scores in made["questions"].items():
         score, figure = next(iter(scores.items()))
         if figure["difference"] is not None and figure["difference"] < 0:
-            low, high = figure["interval"] or (figure["difference"],) * 2
+            between = " [{:+.2f}, {:+.2f}]".format(*figure["interval"]) if figure["interval"] else ""
             text = (
                 f"{kind}: {score} {figure['second']:.2f} is below its own base's {figure['first']:.2f} "
-                f"(difference {figure['difference']:+.2f} [{low:+.2f}, {high:+.2f}]; {name})"
+                f"(difference {figure['difference']:+.2f}{between}; {name})"
             )
-            yield Finding("below base", kind, figure["difference"], text, high < 0)
+            doubtful = figure["interval"][1] >= 0 if between else figure["carriers"] < FEWEST_GROUPS
+            yield Finding("below base", kind, figure["difference"], text, not doubtful)

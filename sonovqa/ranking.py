@@ -77,15 +77,18 @@ def _by_threshold(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> 
 
 
 def of_weights(statistic: Callable, truth: Sequence[bool], score: Sequence[float], groups: Sequence[str], draws: Resamples):
-    """``{value, interval, n, groups}`` of one of `SCORES`, its interval resampled by group."""
+    """``{value, interval, n, groups, carriers}`` of one of `SCORES`, its interval resampled by group."""
     truth, score = np.asarray(truth, bool), np.asarray(score, float)
     value = _of_all(statistic, truth, score)
-    span = (np.nan, np.nan)
+    span = None
     if np.isfinite(value):
-        span = metrics.percentiles(_resampled(statistic, truth, score, groups, draws))
-    fewest = min((len({g for g, t in zip(groups, truth, strict=True) if t == side}) for side in (True, False)), default=0)
-    span = metrics.widened(*span, max(fewest, 1), (0.0, 1.0))
-    return figure(value, span, len(truth), groups)
+        span = metrics.limits(_resampled(statistic, truth, score, groups, draws), _rarer(truth, groups), (0.0, 1.0))
+    return figure(value, span, len(truth), groups, _rarer(truth, groups))
+
+
+def _rarer(truth: np.ndarray, groups: Sequence[str]) -> int:
+    """How many groups have a row of the rarer class."""
+    return min(len({g for g, t in zip(groups, truth, strict=True) if t == side}) for side in (True, False))
 
 
 def _of_all(statistic: Callable, truth: np.ndarray, score: np.ndarray) -> float:
@@ -110,15 +113,17 @@ def difference(statistic: Callable, truth: np.ndarray, first: np.ndarray, second
     if not np.isfinite(values).all():
         return None
     drawn = [_resampled(statistic, truth, side, groups, draws) for side in (first, second)]
-    span = metrics.percentiles(drawn[1] - drawn[0])
+    rarer = _rarer(truth, groups)
+    span = metrics.limits(drawn[1] - drawn[0], rarer, (-1.0, 1.0)) if rarer >= metrics.FEWEST_GROUPS else None
     return {
         "first": values[0], "second": values[1], "difference": values[1] - values[0],
-        "interval": list(span) if np.isfinite(span).all() else None,
-        "n": len(truth), "groups": len(set(groups)), "higher_is_better": True,
+        "interval": list(span) if span else None,
+        "n": len(truth), "groups": len(set(groups)), "carriers": rarer, "higher_is_better": True,
     }  # fmt: skip
 
 
-def figure(value: float, span: tuple[float, float], n: int, groups: Sequence[str]) -> dict:
-    """A score as JSON: ``value``, ``interval`` (``None`` where there is none), ``n`` and ``groups``."""
-    numbers = [round(float(v), 6) if np.isfinite(v) else None for v in (value, *span)]
-    return {"value": numbers[0], "interval": None if None in numbers[1:] else numbers[1:], "n": n, "groups": len(set(groups))}
+def figure(value: float, span: tuple[float, float] | None, n: int, groups: Sequence[str], carriers: int) -> dict:
+    """A score as JSON: ``value``, ``interval`` (``None`` where there is none), ``n``, ``groups`` and its `Score.carriers`."""
+    shown = round(float(value), 6) if np.isfinite(value) else None
+    about = {"n": n, "groups": len(set(groups)), "carriers": carriers}
+    return {"value": shown, "interval": [round(float(v), 6) for v in span] if span else None, **about}

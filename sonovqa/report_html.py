@@ -9,8 +9,9 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sonovqa import asking, chat, measures, plots, report_sections
+from sonovqa import asking, chat, measures, plots, report_sections, weak_slices
 from sonovqa.cli import RESEARCH_NOTICE
+from sonovqa.metrics import FEWEST_GROUPS
 from sonovqa.questions import QUESTIONS
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -38,7 +39,7 @@ def render(record: Mapping, rows: Sequence[Mapping], raw=None, most: int = 200) 
     questions = record["questions"]
     figures = {kind: plots.confusion(about["answers"]["confusion"]) for kind, about in questions.items() if _drawable(about)}
     slices = {
-        (kind, by): plots.slices(found, about["headline"])
+        (kind, by): plots.slices(found, next(iter(found.values()))["score"])
         for kind, about in questions.items()
         for by, found in about["slices"].items()
     }
@@ -50,8 +51,9 @@ def render(record: Mapping, rows: Sequence[Mapping], raw=None, most: int = 200) 
         name=asked.get("run") or asked.get("model") or asked.get("predictions"),
         record=record, notice=RESEARCH_NOTICE, titles={q.id: q.title for q in QUESTIONS.values()},
         overview=plots.overview(questions), confusion=figures, slices=slices, cards=cards, verdicts=ORDER,
+        taken=weak_slices.taken,
         images=len({row["image_id"] for row in rows}), categories=sorted({card["category"] for card in cards}),
-        number=number, interval=interval, sure=sure, coverage=plots.coverage(sure) if sure else "",
+        number=number, interval=interval, between=between, sure=sure, coverage=plots.coverage(sure) if sure else "",
         reliability={kind: plots.reliability(found) for kind, found in sure.items()},
     )  # fmt: skip
 
@@ -107,6 +109,11 @@ def thumbnail(data: bytes) -> str:
 def number(value: float | None) -> str:
     """Three decimals, or a dash."""
     return "–" if value is None else f"{value:.3f}"
+
+
+def between(figure: Mapping) -> str:
+    """A figure's interval, or that its groups are too few for one."""
+    return interval(figure["interval"]) or ("too few groups" if figure["carriers"] < FEWEST_GROUPS else "")
 
 
 def interval(pair: Sequence[float] | None) -> str:

@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sonovqa import records
-from sonovqa.findings import Finding, digest
+from sonovqa.findings import Finding, counted, digest
+from sonovqa.metrics import FEWEST_GROUPS
 
 #: Shown for every question where it has them, in this order; `scores.json` and the report hold all.
 SHOWN = (
@@ -91,7 +92,7 @@ def confidence_table(questions: Mapping[str, Mapping]) -> Table:
         if "AUROC" in found:
             ranked = [value(found["AUROC"]), str(found["positives"]), number(found["average precision"]["value"])]
         given = [number(found["abstain"]["accuracy"]["value"]), str(found["abstain"]["held_back"])] if abstain else []
-        error = number(found["calibration error"]["value"])
+        error = f"{number(found['calibration error']['value'])} ({number(found['calibration error']['by chance'])})"
         made.add_row(kind, *ranked, error, *(at.get(c, "-") for c in COVERAGES), *given, str(found["n"]))
     return made
 
@@ -122,11 +123,17 @@ def arrow(figure: Mapping) -> str:
 
 
 def value(figure: Mapping) -> str:
-    """``0.81 [0.74, 0.88]``, or ``-`` where the score is not defined."""
+    """``0.81 [0.74, 0.88]``, ``0.81 too few groups``, or ``-`` where the score is not defined."""
     if figure["value"] is None:
         return "-"
-    span = figure["interval"]
-    return f"{figure['value']:.2f}" + (f" \\[{span[0]:.2f}, {span[1]:.2f}]" if span else "")
+    return f"{figure['value']:.2f}{span(figure, figure['interval'])}"
+
+
+def span(figure: Mapping, interval: Sequence[float] | None, form: str = ".2f") -> str:
+    """`` [0.74, 0.88]`` for a table's cell; `` too few groups`` where that is why there is none."""
+    if interval:
+        return f" \\[{interval[0]:{form}}, {interval[1]:{form}}]"
+    return " too few groups" if figure["carriers"] < FEWEST_GROUPS else ""
 
 
 def difference(figure: Mapping) -> str:
@@ -134,11 +141,11 @@ def difference(figure: Mapping) -> str:
     other = figure.get("base")
     if other is None or other["difference"] is None:
         return "-"
-    span = other["difference_interval"]
-    text = f"{other['difference']:+.2f}" + (f" \\[{span[0]:+.2f}, {span[1]:+.2f}]" if span else "")
-    if not span or span[0] <= 0 <= span[1] or figure["higher_is_better"] is None:
+    between = other["difference_interval"]
+    text = f"{other['difference']:+.2f}{span(figure, between, '+.2f')}"
+    if not between or between[0] <= 0 <= between[1] or figure["higher_is_better"] is None:
         return text
-    return f"[{'green' if (span[0] > 0) == figure['higher_is_better'] else 'red'}]{text}[/]"
+    return f"[{'green' if (between[0] > 0) == figure['higher_is_better'] else 'red'}]{text}[/]"
 
 
 def baseline(figure: Mapping, name: str) -> str:
@@ -150,7 +157,7 @@ def baseline(figure: Mapping, name: str) -> str:
 def caption(scores: Mapping) -> str:
     """What the columns are."""
     about = scores["intervals"]
-    spans = f"Intervals: 95 %, {about['resamples']} bootstrap resamples of {about['groups']} groups."
+    spans = f"Intervals: 95 %, {about['resamples']} bootstrap resamples of {counted(about['groups'], 'group')}."
     spans = spans if about["resamples"] else "No intervals (--resamples 0)."
     blind = "Blind: the model's own answer with the image greyed out."
     blind = blind if scores["blind"] else "Blind answers were not asked (--no-blind)."
@@ -158,7 +165,8 @@ def caption(scores: Mapping) -> str:
     parts = ["↑ higher is better, ↓ lower.", spans, majority, blind, "u/f: unread (scored as wrong), failed (not scored)."]
     found = [about["confidence"] for about in scores["questions"].values() if "confidence" in about]
     if found:
-        parts.append("AP: average precision. ECE: calibration error. @50%: accuracy of the surest half of the answers.")
+        parts.append("AP: average precision. ECE: calibration error (in brackets: by chance alone, were all calibrated).")
+        parts.append("@50%: accuracy of the surest half of the answers.")
         unread = sum(one["fallback"]["unread"] for one in found)
         parts.append(f"For {unread} unread answers the likeliest label is offered in scores.json (fallback)." if unread else "")
     return " ".join(part for part in parts if part)

@@ -11,15 +11,18 @@ import numpy as np
 
 from sonovqa import asking, coherence, measures, metrics, report_sections
 from sonovqa.asking import Item
+from sonovqa.findings import ENOUGH
 from sonovqa.metrics import Resamples, Score
 from sonovqa.predictions import Key
 from sonovqa.questions import REPORT_ID
 
 #: Scores of wording stand without baselines, for nobody should be led by them.
-WORDING = ("exact match", "ROUGE-L", "BLEU-4")
+WORDING = ("exact match", "normalised match", "ROUGE-L", "BLEU-4")
 #: With fewer rows than this share behind the commonest of many values, the median value stands for "the majority".
 RARE_MODE = 0.05
-MOST_CLASSES = 20  # a confusion matrix of more is a wall of numbers
+MOST_CLASSES = 20  # a confusion matrix, or slices, of more is a wall of numbers
+MOST_NAMES = 60  # whose recall is told, the commonest first
+SLICES = ("category", "quality", "answer")
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,14 @@ def _score_kind(kind: str, rows: list[dict], baselines: Baselines, draws: Resamp
     texts, groups = [row["prediction"] for row in answered], [row["group"] for row in answered]
     scores = measures.measure(kind, answered, texts)
     others = _others(answered, baselines, lambda said: measures.measure(kind, answered, said))
+    verdicts = [
+        (
+            measures.name_of(row, row["reference"]),
+            measures.name_of(row, row["prediction"]),
+            measures.right(row, row["prediction"]),
+        )
+        for row in answered
+    ]
     headline = measures.headline(kind, scores)
     for other, _ in others.values():  # scores of wording stand without baselines
         for name in WORDING:
@@ -140,8 +151,8 @@ def _score_kind(kind: str, rows: list[dict], baselines: Baselines, draws: Resamp
             name: figure(s, groups, draws, {o: (m[name], r) for o, (m, r) in others.items() if name in m})
             for name, s in scores.items()
         },
-        "answers": _distribution(answered, texts),
-        "slices": {by: found for by in ("category", "quality") if (found := _slices(answered, scores[headline], by, draws))},
+        "answers": _distribution(answered, verdicts),
+        "slices": {by: found for by in SLICES if (found := _slices(answered, verdicts, scores, headline, by, draws))},
     }
 
 
@@ -156,7 +167,7 @@ def _others(rows: list[dict], baselines: Baselines, measure) -> dict[str, tuple[
 
 
 def figure(score: Score, groups: Sequence[str], draws: Resamples, others: Mapping[str, tuple[Score, np.ndarray]]) -> dict:
-    """One score as JSON: value, interval, n, groups, direction, and what it stands beside.
+    """One score as JSON: value, interval, n, groups, those that carry it (`Score.carriers`), direction, what it stands beside.
 
     Args:
         groups: of the score's rows.
@@ -169,6 +180,7 @@ def figure(score: Score, groups: Sequence[str], draws: Resamples, others: Mappin
         "interval": _numbers(draws.interval(score, groups)),
         "n": int(counted.sum()),
         "groups": len({g for g, c in zip(groups, counted, strict=True) if c}),
+        "carriers": score.carriers(groups),
         "higher_is_better": score.higher,
     }
     for name, (other, rows) in others.items():
@@ -224,21 +236,41 @@ def _coherence(parts: Sequence[dict], draws: Resamples) -> dict:
     return {"coherence": about | {"references_rules": coherence.tally(meant), "violations": coherence.listed(said)}}
 
 
-def _distribution(rows: Sequence[dict], texts: Sequence[str]) -> dict:
-    """How much the answers vary, what they have to do with the image's category, and what is taken for what."""
-    said = [measures.key_of(row, text) for row, text in zip(rows, texts, strict=True)]
-    meant = [measures.key_of(row, row["reference"]) for row in rows]
+#: A row's reference and answer by name (`measures.name_of`), and whether the answer is right.
+Verdict = tuple[str, str, bool]
+
+
+def _distribution(rows: Sequence[dict], verdicts: Sequence[Verdict]) -> dict:
+    """How much the answers vary, what they have to do with the image's category, what is found and what is taken for what."""
+    said, meant = [s for _, s, _ in verdicts], [m for m, _, _ in verdicts]
+    taken = [m if ok else s for m, s, ok in verdicts]  # a right answer is no confusion
     categories = [row["category"] or "" for row in rows]
-    counts = Counter(meant)
-    hits = Counter(m for m, s in zip(meant, said, strict=True) if m == s)
-    wrong = Counter((m, s) for m, s in zip(meant, said, strict=True) if m != s)
     return {
         "predicted": labels(said, categories),
         "reference": labels(meant, categories),
-        "recall": {label: {"found": hits[label], "n": n} for label, n in counts.most_common(30)},
-        "confused": [{"reference": m, "predicted": s, "n": n} for (m, s), n in wrong.most_common(20)],
-        "confusion": _confusion(meant, said) if len(counts) <= MOST_CLASSES else None,
+        "recall": _recall(rows, [ok for _, _, ok in verdicts]),
+        "confused": _confused(verdicts, 20),
+        "confusion": _confusion(meant, taken) if len(set(meant)) <= MOST_CLASSES else None,
     }
+
+
+def _recall(rows: Sequence[dict], right: Sequence[bool]) -> dict:
+    """By name how often references that can be read hold it and answers find it: of a set each member counts by itself."""
+    counts, hits = Counter(), Counter()
+    for row, ok in zip(rows, right, strict=True):
+        if measures.meaning(row, row["reference"]) is None:
+            continue
+        wanted = measures.names_in(row, row["reference"])
+        counts.update(sorted(wanted))
+        of_set = row["question_id"] in measures.SETS
+        hits.update(wanted if ok else wanted & measures.names_in(row, row["prediction"]) if of_set else ())
+    return {name: {"found": hits[name], "n": n} for name, n in counts.most_common(MOST_NAMES)}
+
+
+def _confused(verdicts: Iterable[Verdict], most: int) -> list[dict]:
+    """What wrong answers take for what, the commonest first."""
+    wrong = Counter((m, s) for m, s, ok in verdicts if not ok)
+    return [{"reference": m, "predicted": s, "n": n} for (m, s), n in wrong.most_common(most)]
 
 
 def _confusion(meant: list[str], said: list[str]) -> dict:
@@ -262,21 +294,28 @@ def labels(names: Sequence[str], categories: Sequence[str]) -> dict:
     }
 
 
-def _slices(rows: Sequence[dict], score: Score, by: str, draws: Resamples) -> dict:
-    """The score in each slice, worst first, and what the slice's answers are most often confused with; empty for one slice."""
-    values = np.array([row[by] or "" for row in rows], object)
-    if len(set(values)) < 2:
+def _slices(rows: Sequence[dict], verdicts: Sequence[Verdict], scores: Mapping[str, Score], headline: str, by: str,
+            draws: Resamples) -> dict:  # fmt: skip
+    """The headline in each slice, worst first, and what its answers are most often confused with; empty for one slice.
+
+    Slices by answer hold the rows whose reference names it, a set being in the slice of each of its members. Where the
+    headline needs two classes, a slice that holds one class has its accuracy instead.
+    """
+    members: dict[str, list[int]] = defaultdict(list)
+    for at, row in enumerate(rows):
+        for name in measures.names_in(row, row["reference"]) if by == "answer" else (row[by] or "",):
+            members[name].append(at)
+    if by == "answer":
+        often = sorted((entry for entry in members.items() if len(entry[1]) >= ENOUGH), key=lambda e: (-len(e[1]), e[0]))
+        members = dict(often[:MOST_CLASSES])
+    if len(members) < 2:
         return {}
+    name = "accuracy" if by == "answer" and scores[headline].classes else headline
     found = {}
-    for value in sorted(set(values)):
-        mask = values == value
-        here = [row for row, inside in zip(rows, mask, strict=True) if inside]
-        missed = [row for row in here if not measures.right(row, row["prediction"])]
-        wrong = Counter((measures.key_of(row, row["reference"]), measures.key_of(row, row["prediction"])) for row in missed)
-        found[value] = figure(score.take(mask), [row["group"] for row in here], draws, {})
-        found[value]["confused"] = [{"reference": m, "predicted": s, "n": n} for (m, s), n in wrong.most_common(1)]
-    sign = -1 if score.higher is False else 1
-    return dict(sorted(found.items(), key=lambda entry: (entry[1]["value"] is None, sign * (entry[1]["value"] or 0))))
+    for value, places in sorted(members.items()):
+        found[value] = figure(scores[name].take(np.array(places)), [rows[at]["group"] for at in places], draws, {})
+        found[value] |= {"score": name, "confused": _confused((verdicts[at] for at in places), 3)}
+    return dict(sorted(found.items(), key=lambda entry: (entry[1]["value"] is None, entry[1]["value"] or 0)))
 
 
 def _number(value: float) -> float | None:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from sonovqa import elsewhere, files, findings, measures, scoring
-from sonovqa.findings import ENOUGH, RARE, Finding
+from sonovqa.findings import ENOUGH, ENOUGH_TO_VARY, RARE, Finding, short
 
 
 def describe(rows: Sequence[Mapping]) -> dict:
@@ -34,23 +35,29 @@ def describe(rows: Sequence[Mapping]) -> dict:
     return {"questions": questions, "overall": {"asked": len(rows), "failed": failed}}
 
 
-def find(described: Mapping, rows: Sequence[Mapping]) -> list[Finding]:
+def find(described: Mapping, joined: elsewhere.Joined) -> list[Finding]:
     """What is wrong with the answers, as far as that shows without references."""
-    found = [*findings.failures(described, rows)]
+    rows = joined.rows
+    found = [*findings.failures(described, rows), *elsewhere.find(joined)]
     for kind, about in described["questions"].items():
         found += [*findings.unread(kind, about), *findings.cut(kind, about), *_independent(kind, about)]
-    return [*found, *findings.garbled([row | {"reference": ""} for row in rows])]
+    found += findings.garbled([row | {"reference": ""} for row in rows])
+    if rows and not any(row["category"] for row in rows):
+        text = "the image ids hold no category (a folder before the file), so dependence on it cannot be judged"
+        found.append(Finding("no category", None, 0, text, False))
+    return sorted(found, key=lambda f: not f.serious)
 
 
 def _independent(kind: str, about: Mapping) -> Iterable[Finding]:
     said = about["answers"]["predicted"]
-    if about["n"] < ENOUGH or about["categories"] < 2 or said["commonest"] == "unread":
+    if about["n"] < ENOUGH or said["commonest"] == "unread":
         return
     if said["distinct"] == 1 or said["share"] > 1 - 5 * RARE:
-        whom = f"{said['share']:.0%} of {about['n']} images of {about['categories']} categories"
-        text = f"{kind}: {whom} get the same answer, “{said['commonest']}”"
+        categories = f" of {about['categories']} categories" if about["categories"] > 1 else ""
+        whom = f"{said['share']:.0%} of {about['n']} images{categories}"
+        text = f"{kind}: {whom} get the same answer, “{short(said['commonest'])}”"
         yield Finding("constant", kind, said["share"], text)
-    elif about["n"] >= 30 and kind in ("Q1", "Q3", "Q4") and said["category_bits"] < 0.1:
+    elif about["categories"] > 1 and about["n"] >= ENOUGH_TO_VARY and kind in ("Q1", "Q3", "Q4") and said["category_bits"] < 0.1:
         bits = f"{said['category_bits']:.2f} bits of mutual information"
         text = f"{kind}: answers have next to nothing to do with the image's category ({bits})"
         yield Finding("unrelated", kind, said["category_bits"], text)
@@ -59,8 +66,9 @@ def _independent(kind: str, about: Mapping) -> Iterable[Finding]:
 def report(joined: elsewhere.Joined, path: Path, console: Console) -> list[Finding]:
     """Describe, write to ``path`` as JSON, print; gives the findings."""
     described = describe(joined.rows)
-    found = find(described, joined.rows)
-    files.write_json(path, {"findings": [f.json() for f in found], **described, "unmatched": joined.unmatched})
+    found = find(described, joined)
+    about = {"unmatched": joined.unmatched, "repeated": joined.repeated}
+    files.write_json(path, {"findings": [f.json() for f in found], **described, **about})
     elsewhere.list_unmatched(joined, console)
     show(described, found, console)
     return found
@@ -70,7 +78,7 @@ def show(described: Mapping, found: Sequence[Finding], console: Console) -> None
     """Print findings and the table."""
     console.print("Nothing is scored: there are no references.", style="bold")
     for finding in findings.digest(found):
-        console.print(f"  ! {finding.text}", markup=False, soft_wrap=True)
+        console.print(f"  {'!' if finding.serious else '·'} {finding.text}", markup=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("", "answers", "failed", "unread", "distinct", "commonest", "its share", "category bits"):
         table.add_column(name, justify="left" if name in ("", "commonest") else "right")
@@ -78,5 +86,5 @@ def show(described: Mapping, found: Sequence[Finding], console: Console) -> None
         said = about["answers"]["predicted"]
         share = "-" if said["share"] is None else f"{said['share']:.0%}"
         table.add_row(kind, str(about["n"]), str(about["failed"]), str(about["unread"]), str(said["distinct"]),
-                      (said["commonest"] or "-")[:40], share, f"{said['category_bits']:.2f}")  # fmt: skip
+                      escape(short(said["commonest"] or "-", 40)), share, f"{said['category_bits']:.2f}")  # fmt: skip
     console.print(table)

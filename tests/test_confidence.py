@@ -132,6 +132,32 @@ def test_calibration_error_is_nought_for_honest_and_large_for_boastful_probabili
     assert [one["n"] for one in bins] == [50] * 10
 
 
+def test_equally_sure_answers_are_right_as_often_whatever_their_order():
+    right = np.repeat([1.0, 0.0], 50)
+    for order in (right, right[::-1]):
+        assert {point["accuracy"] for point in calibration.coverage(np.full(100, 0.7), order)} == {0.5}
+    curve = calibration.coverage(np.repeat([0.9, 0.4], 50), np.concatenate([np.ones(50), np.tile([1.0, 0.0], 25)]))
+    assert {p["coverage"]: p["accuracy"] for p in curve}[0.5] == 1.0 and curve[0]["accuracy"] == 0.75
+
+
+def test_few_rows_do_not_cancel_in_one_bin():
+    chance = np.linspace(0.05, 0.95, 19)
+    assert calibration.calibration_error(chance, (chance < 0.5).astype(float)).value > 0.4
+    assert calibration.calibration_error(chance, (chance > 0.5).astype(float)).value < 0.35
+
+
+def test_a_calibration_error_lies_in_its_own_interval_and_beside_what_chance_shows():
+    for seed in range(20):
+        draw = np.random.default_rng(seed)
+        chance, groups = draw.random(200), [str(i) for i in range(200)]
+        came = (draw.random(200) < chance).astype(float)
+        error = calibration._calibration(chance, came, groups, Resamples(groups, 200))["calibration error"]
+        assert error["interval"][0] <= error["value"] <= error["interval"][1]
+        assert 0.04 < error["by chance"] < 0.12 and error["value"] < 2 * error["by chance"]
+        wrong = calibration._calibration(chance, 1 - came, groups, Resamples(groups, 200))["calibration error"]
+        assert wrong["interval"][0] > 2 * wrong["by chance"]
+
+
 def a_row(number: int, said: str, reference_: str) -> dict:
     return {"image_id": str(number), "group": str(number // 2), "question_id": "Q7", "question": "", "answer_type": "",
             "reference": reference_, "prediction": said, "error": None}  # fmt: skip

@@ -222,7 +222,71 @@ def test_unmatched_and_missing_rows_are_listed(sheet, tmp_path, capsys):
         "no such question about that image",
         "no such image in the references",
     ]
-    assert "not scored: 1 rows: no such image in the references, such as Nowhere/1.png Q7" in shown
+    assert "not scored: 1 row: no such image in the references, such as Nowhere/1.png Q7" in shown
+
+
+def test_the_weakest_slice_is_named_with_what_it_is_taken_for(score):
+    def rule(number, q, answer):
+        return "sagittal cervix" if answer == "mid-sagittal CRL" and number % 12 == 4 else answer.upper() + "."
+
+    _, scores, shown = score(rule)
+    (weakest,) = scores["weakest"]
+    assert (weakest["question"], weakest["slice"], weakest["value"]) == ("Q3", "CRL-View", 0.5)
+    assert weakest["text"] in shown
+    assert weakest["text"].startswith("Q3 by category, “CRL-View”: accuracy 0.50 (n=30) against 0.92 of all; “")
+    assert re.search(r"CRL.*” taken for “.*cerv.*” 15 times$", weakest["text"])
+    assert {"category", "answer"} <= set(scores["questions"]["Q3"]["slices"])
+    matched = scores["questions"]["Q3"]["metrics"]
+    assert matched["exact match"]["value"] == 0 and matched["normalised match"]["value"] == pytest.approx(11 / 12, abs=1e-5)
+
+
+def rows_of(*texts: str, q: str = "Q3", images: int = 60) -> list[dict]:
+    """So many rows a question, in this order; "" stands for the right answer."""
+    named = ((f"{drawn(n)[0]}/{n:03d}.png", drawn(n)[1][q]) for n in range(images))
+    return [{"image_id": image, "question_id": q, "prediction": text or right} for image, right in named for text in texts]
+
+
+def scored(rows: list[dict], sheet, tmp_path, *flags):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    status = evaluate.main(["score", str(path), "--data", str(sheet), "--gallery", "0", "--resamples", "50", *flags])
+    return status, files.read_json(path.with_suffix(".scores") / "scores.json")
+
+
+def test_questions_answered_again_and_again_are_said(sheet, tmp_path):
+    status, scores = scored(rows_of("femur", "femur", ""), sheet, tmp_path, "--strict")
+    (told,) = (f for f in scores["findings"] if f["kind"] == "repeated")
+    assert status == 1 and scores["repeated"] == 120 and scores["questions"]["Q3"]["metrics"]["accuracy"]["value"] == 1
+    assert told["serious"] and "120 rows answered a question" in told["text"] and "only the last row" in told["text"]
+    _, scores = scored(rows_of("ERROR: 500", ""), sheet, tmp_path)
+    assert scores["repeated"] == 0, "a failed attempt that was asked again is no second answer"
+
+
+def test_an_empty_error_beside_an_answer_is_none(sheet, tmp_path):
+    for nothing in ("", False, None):
+        _, scores = scored([row | {"error": nothing} for row in rows_of("")], sheet, tmp_path)
+        assert scores["overall"]["failed"] == 0 and scores["questions"]["Q3"]["n"] == 60
+    _, scores = scored([row | {"error": "boom"} for row in rows_of("")], sheet, tmp_path)
+    assert scores["overall"]["failed"] == 60
+
+
+def test_combined_reports_made_elsewhere_are_scored(sheet, tmp_path):
+    said = ((f"{drawn(n)[0]}/{n:03d}.png", drawn(n)[1]["Q3"]) for n in range(60))
+    rows = [{"image_id": image, "question_id": "report", "prediction": f"## Imaging Plane\n{plane}\n\n## Image Quality\ngood"}
+            for image, plane in said]  # fmt: skip
+    _, scores = scored(rows, sheet, tmp_path)
+    assert not scores["unmatched"] and scores["missing"] == 120 and scores["report"]["asked"] == 60
+    assert scores["questions"]["Q3"]["metrics"]["accuracy"]["value"] == 1
+    assert scores["report"]["metrics"]["completeness"]["value"] == pytest.approx(2 / 8)
+
+
+def test_the_same_answer_to_all_is_said_without_references_or_categories(tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    rows = [{"image_id": f"{n}.png", "question_id": q, "prediction": "normal"} for n in range(60) for q in ("Q3", "Q7", "Q8")]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert evaluate.main(["score", str(path), "--no-references", "--strict"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Q7: 100% of 60 images get the same answer, “normal”" in shown and "the image ids hold no category" in shown
 
 
 def test_compare_is_paired(score, sheet, tmp_path, capsys):
@@ -286,6 +350,13 @@ def test_fifteen_thousand_answers_are_scored_in_time():
     [
         ("ERROR: 500", True), ("Error code: 429 - rate limit", True), ("[Error] timed out", True), ("error 503", True),
         ("Exception in thread: boom", True), ("ERROR", True), ("measurement error is small", False), ("Errors: none", False),
+        ("HTTP 500", True), ("HTTP/1.1 502 Bad Gateway", True), ("Internal Server Error", True), ("RateLimitError: 429", True),
+        ("openai.APITimeoutError: Request timed out.", True), ("Request timed out", True), ("null", True), ("nan", True),
+        ('{"error": {"message": "overloaded"}}', True), ("<html><body>502 Bad Gateway</body></html>", True),
+        ("404 Client Error: Not Found for url", True), ("**Error:** no answer", True), ("Connection refused", True),
+        ("None", False), ("no error seen", False), ("not found", False), ("nulliparous", False), ("HC 429 mm", False),
+        ('{"answer": "normal", "error": null}', False), ('{"error": null, "answer": "normal"}', False), ("N/A", False),
+        ("undefined margins", False), ("500 g", False), ("connection between the ventricles", False), ("not available", False),
     ],
 )  # fmt: skip
 def test_what_counts_as_a_failure(text, failed):

@@ -191,6 +191,18 @@ def test_rotated_images_get_a_grey_one_of_the_size_shown(tmp_path):
     assert asking.image_sizes(raw, [0]) == {0: (30, 40)}
 
 
+@pytest.mark.parametrize(("split", "serious"), [("train", True), ("validation", False), ("test", None)])
+def test_answers_made_elsewhere_to_a_split_that_is_not_held_out(data, tmp_path, split, serious):
+    rows = datasets.load_from_disk(str(data))[split].remove_columns("image")
+    said = ((r["image_id"], {q["question_id"]: q["answer"] for q in r["questions"]}["Q3"]) for r in rows)
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({"image_id": i, "question_id": "report", "prediction": f"Q3: {t}"}) for i, t in said))
+    assert evaluate.main(["score", str(path), "--data", str(data), "--split", split, "--resamples", "0", "--gallery", "0"]) == 0
+    scores = files.read_json(path.with_suffix(".scores") / "scores.json")
+    assert [f["serious"] for f in scores["findings"] if f["kind"] == "not held out"] == ([] if serious is None else [serious])
+    assert not scores["unmatched"] and scores["questions"]["Q3"]["metrics"]["accuracy"]["value"] == 1.0
+
+
 def test_an_endpoint_answers_and_its_failures_stay_failures(data, tmp_path, monkeypatch, capsys):
     from stand_in import StandIn
 

@@ -153,3 +153,36 @@ def test_a_thousand_resamples_of_many_scores_are_fast():
     for _ in range(100):
         draws.interval(mean(RNG.random(len(groups))), groups)
     assert time.perf_counter() - started < 5.0
+
+
+def test_an_interval_is_as_wide_as_the_groups_that_carry_the_score_allow():
+    """200 images, 2 of them abnormal and both found: what is known of sensitivity is two trials, not 200."""
+    truth = [True] * 2 + [False] * 198
+    groups = [str(i) for i in range(200)]
+    draws = Resamples(groups, 300)
+    two, many = 0.025 ** (1 / 2), 0.025 ** (1 / 198)
+    found, missed = metrics.binary(truth, truth), metrics.binary(truth, [not t for t in truth])
+    for name in ("sensitivity", "precision", "F1", "balanced accuracy"):
+        assert draws.interval(found[name], groups) == pytest.approx((two, 1)), name
+    assert draws.interval(missed["sensitivity"], groups) == pytest.approx((0, 1 - two))
+    assert draws.interval(found["MCC"], groups) == pytest.approx((2 * two - 1, 1))
+    assert draws.interval(found["specificity"], groups) == pytest.approx((many, 1))
+    one_wrong = metrics.binary(truth, [True, False] + [False] * 198)
+    assert draws.interval(one_wrong["balanced accuracy"], groups) is None, "two groups of the rarer class: no interval"
+
+
+def test_too_few_groups_give_no_interval_and_no_difference():
+    patient, four, five = ["p"] * 10, [str(i % 4) for i in range(20)], [str(i % 5) for i in range(20)]
+    six_of_ten = mean([1.0] * 6 + [0.0] * 4)
+    assert Resamples(patient, 100).interval(six_of_ten, patient) is None
+    assert Resamples(patient, 100).difference(six_of_ten, mean([0.5] * 10), patient) is None
+    assert Resamples(["a"], 100).difference(mean([1.0]), mean([0.0]), ["a"]) is None
+    assert Resamples(["a"], 100).interval(mean([1.0]), ["a"]) == pytest.approx((0.025, 1)), "exact for one trial too"
+    mixed = mean([1.0, 0.0, 1.0, 1.0, 0.0] * 4)
+    assert Resamples(four, 100).interval(mixed, four) is None and Resamples(five, 100).interval(mixed, five) is not None
+
+
+def test_a_difference_that_is_alike_everywhere_has_no_interval_of_width_zero():
+    groups = [str(i) for i in range(60)]
+    low, high = Resamples(groups, 200).difference(mean([0.0] * 60), mean([1.0] * 60), groups)
+    assert (low, high) == pytest.approx((-1, -1 + 2 * (1 - 0.025 ** (1 / 60))))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sonovqa import findings, report_html, scoring
+from sonovqa import findings, plots, report_html, scoring, weak_slices
 
 VOID = {"meta", "img", "input", "br", "link", "path", "use", "rect", "circle", "line"}
 PLANES = ("trans-thalamic", "axial abdomen", "longitudinal femur")
@@ -48,7 +48,7 @@ def page():
     scores = scoring.score(rows, scoring.Baselines({"Q3": PLANES[0], "Q7": "normal"}, "the training split", None), 100)
     found = findings.find(scores, rows)
     record = scores | {"verdict": findings.describe(found, scores), "findings": [f.json() for f in found], "finished": "now"}
-    record["arguments"] = {"run": "outputs/x"}
+    record |= {"arguments": {"run": "outputs/x"}, "weakest": weak_slices.worst(scores["questions"])}
     return report_html.render(record, rows, raw, 10)
 
 
@@ -84,6 +84,20 @@ def test_whole_and_offline(page):
 
 def test_findings_come_before_scores(page):
     assert 0 < page.index("Not above its baselines") < page.index("hardly ever found") < page.index("All scores")
+
+
+def test_the_worst_slice_is_named_with_what_it_is_taken_for(page):
+    (weakest,) = re.findall(r'<ul id="weakest">(.*?)</ul>', page, re.DOTALL)
+    assert "Q7 by answer, “abnormal”: accuracy 0.00 (n=5)" in weakest and "“abnormal” taken for “normal” 5 times" in weakest
+
+
+@pytest.mark.parametrize("name", [r"A$\frac{$", "$x$", "$", "a_b^{c}", "\\", "%"])
+def test_names_are_never_taken_for_formulas(name):
+    figure = {"value": 0.5, "interval": [0.4, 0.6], "n": 9}
+    assert "<svg" in plots.slices({name: figure}, "accuracy")
+    assert "<svg" in plots.confusion({"rows": [name, "b"], "columns": [name, "b"], "counts": [[1, 0], [0, 1]]})
+    about = {"headline": "accuracy", "metrics": {"accuracy": figure}}
+    assert "<svg" in plots.overview({name: about}) and "<svg" in plots.coverage({name: {"curve": []}})
 
 
 def test_answers_are_escaped(page):

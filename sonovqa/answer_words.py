@@ -27,6 +27,29 @@ _DOTTED = re.compile(
 )
 
 
+#: Marks of a chat template: what stands between turns, and what encloses a model's thinking.
+_MARK = r"<\|[\w ]{1,30}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]"
+_OPENING = re.compile(r"(?:\s|<s>|(?:<\|im_start\|>|<start_of_turn>)\s*(?:assistant|model)\b|<\|assistant\|>)*", re.IGNORECASE)
+_END = re.compile(_MARK, re.IGNORECASE)
+_THOUGHT = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|\A.*?</think(?:ing)?>", re.DOTALL | re.IGNORECASE)
+_REMAINS = re.compile(rf"{_MARK}|</?think(?:ing)?>", re.IGNORECASE)
+
+
+def has_remains(text: str) -> bool:
+    """Whether an answer holds marks of a chat template (``<|im_end|>``, ``</s>`` …) or thinking (``<think>…</think>``).
+
+    Such an answer is read without them (`answer_part`); they are a fault of how the answer was made, to be reported.
+    """
+    return bool(_REMAINS.search(str(text)))
+
+
+def answer_part(text: str) -> str:
+    """What of a model's output is its answer: no thinking, and nothing after the end of its turn; "" of a thought cut short."""
+    text = _THOUGHT.sub(" ", str(text))
+    text = text[_OPENING.match(text).end() :]
+    return _END.split(text, maxsplit=1)[0]
+
+
 def one_line(text: str) -> str:
     """Text on one line: ``;`` for blank lines, and for every line end of a bulleted or numbered list; else single blanks.
 
@@ -41,8 +64,8 @@ def one_line(text: str) -> str:
 
 
 def clean(text: str) -> str:
-    """Lower-case text on one line with plain quotes and dashes, without markdown, abbreviations' full stops and n't."""
-    text = unicodedata.normalize("NFKC", one_line(text)).translate(_PLAIN).casefold()
+    """The answer in lower case on one line with plain quotes and dashes, without markdown, abbreviations' full stops, n't."""
+    text = unicodedata.normalize("NFKC", one_line(answer_part(text))).translate(_PLAIN).casefold()
     text = re.sub(r"[*`#]+", " ", text)
     text = re.sub(r"\b(?:[a-z]\.){2,}", lambda found: found[0].replace(".", ""), text)  # i.v.c. -> ivc
     text = re.sub(r"\b(?:can|could) ?(?:not|n't)\b|\bcan't\b|\bcouldn't\b", "cannot", text)

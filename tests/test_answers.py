@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sonovqa import answers
-from sonovqa.answer_words import VOCABULARY
+from sonovqa.answer_words import VOCABULARY, has_remains
 from sonovqa.questions import CATEGORIES, QUESTIONS
 
 HARD = {path: tomllib.loads(path.read_text("utf-8")) for path in sorted(Path(__file__).parent.glob("answers_hard*.toml"))}
@@ -223,6 +223,26 @@ def test_coherence_names_actions():
 def test_other_questions(question, text, expected):
     assert answers.read("vqarad-1", text, question).key == expected
     assert answers.normalise("vqarad-1", f"  {text} \n") == text
+
+
+@pytest.mark.parametrize(
+    "question_id, text, expected",
+    [
+        ("Q7", "normal<|im_end|>\n<|im_start|>user\nIs it abnormal?", "normal"),
+        ("Q7", "<|im_start|>assistant\nnormal<|im_end|>", "normal"),
+        ("Q7", "normal</s> abnormal", "normal"),
+        ("Q7", "normal<end_of_turn>abnormal", "normal"),
+        ("Q7", "normal<|endoftext|>Human: abnormal?", "normal"),
+        ("Q5", "<think>maybe 30 weeks</think>20 weeks", "20-25"),
+        ("Q5", "maybe 30 weeks</think>\n\n20 weeks", "20-25"),
+        ("Q5", "<think>It looks like 30 weeks, or", ""),
+        ("Q5", "<think>30 weeks<|im_end|>", ""),
+    ],
+)
+def test_chat_marks_and_thinking_are_no_answer(question_id, text, expected):
+    assert answers.label(question_id, text) == expected
+    assert has_remains(text)
+    assert not has_remains("NT <3.5 mm, HC > 95% | BPD <= 47")
 
 
 @pytest.mark.parametrize("text", ["", "  ", "\n"])

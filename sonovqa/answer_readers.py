@@ -6,13 +6,14 @@ A reader never guesses: contradicting components and unknown words give no compo
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
 from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, between_words, bin_of, ordered, set_meaning, single, terms
 from sonovqa.answer_numbers import AGE, Found, Quantity, age, digits, quantities, rewritten_age, sizes
 from sonovqa.answer_scope import Span, asserted
-from sonovqa.answer_words import VOCABULARY, clean
+from sonovqa.answer_words import VOCABULARY, clean, fillers, word
 
 #: What may stand between a structure and the length that makes it a parameter.
 _GAP = re.compile(r"[\s:=(~]*(?:(?:is|was|of|at|about|approx|approximately|measures|measured|measuring)\b[\s:=(~]*){0,2}")
@@ -226,12 +227,32 @@ def read_normality(text: str) -> Meaning | None:
     leading = next((s for s in spans if s.text not in (":", "-")), None)
     if leading is not None and leading.kinds.get("verdict") == "unclear" and _ends_phrase(spans, leading):
         return single("unclear")
-    said = [_verdict(s) for s in spans if set(s.kinds) & {"verdict", "finding", "deviation"} and "mention" not in s.status]
+    judged = [s for s in spans if set(s.kinds) & {"verdict", "finding", "deviation"} and "mention" not in s.status]
+    said = [_verdict(s) for s in judged]
+    if {"normal", "abnormal"} <= {s.kinds.get("verdict") for s in judged if "no" in s.status}:  # "neither normal nor abnormal"
+        return single("unclear")
+    if "abnormal" not in said and "doubted" not in said and _excepted(spans):
+        return None
     for verdict in ("abnormal", "doubted", "normal", "unclear"):
         if verdict in said:
             return single("unclear" if verdict == "doubted" else verdict)
     signs = [s.status for s in spans if "sign" in s.kinds and not s.status & {"mention", "maybe"}]
     return single("abnormal" if any("no" in status for status in signs) else "normal") if signs else None
+
+
+def _excepted(spans: list[Span]) -> bool:
+    """Whether something unknown is excepted from what is normal ("normal apart from X"); the view's faults are no such thing."""
+    kinds = VOCABULARY["quality_words"]
+    of_view = {
+        word(w) for table in (kinds["subject"], kinds["aspect"], kinds["inverse"], *VOCABULARY["quality"].values()) for w in table
+    }
+    for at, span in enumerate(spans):
+        if "excepts" in span.kinds:
+            ahead = list(itertools.takewhile(lambda s: s.text not in (".", ";", ","), spans[at + 1 :]))
+            unknown = [s for s in ahead if s.text not in fillers() and s.text[0].isalnum()]
+            if 2 * sum(s.text in of_view for s in unknown) <= len(unknown) != 0:
+                return True
+    return False
 
 
 def _ends_phrase(spans: list[Span], span: Span) -> bool:

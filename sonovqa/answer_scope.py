@@ -13,12 +13,14 @@ from sonovqa.answer_words import fillers
 #: Kinds of cues, as the vocabulary's table ``negation`` names them.
 CUES = (
     "before", "after", "hedge_before", "hedge_after", "mention_before", "whole_clause", "neutral", "terminators", "predicates",
-    "past", "now",
+    "past", "now", "consequences", "exceptions", "reply_no", "reply_yes", "verbs", "excepts",
 )  # fmt: skip
 
 _STATUS = {"no": ("before", "after"), "maybe": ("hedge_before", "hedge_after"), "mention": ("mention_before", None)}
 _JOINING = frozenset(("and", "or", "nor", "&", "/", "+", "plus"))
 _REACH = 6  # unknown words a cue may be away from what it denies; NegEx uses five
+_ITEM = 3  # unknown words that one item of a list may have: "no cyst, soft tissue swelling or mass"
+_DENYING = frozenset(("no", "not", "none", "nothing", "nil", "without", "neither", "never"))
 
 
 @dataclass(slots=True)
@@ -48,12 +50,41 @@ def mark(spans: list[Span], content: tuple[str, ...]) -> None:
     """
     _mark_past(spans, content)
     clause: list[Span] = []
-    for span in [*_without_asides(spans, content), Span(".", {}, 0, 0)]:
-        if span.text in (".", ";", "!", "?") or "terminators" in span.kinds:
+    kept = [*_without_asides(spans, content), Span(".", {}, 0, 0)]
+    for at, span in enumerate(kept):
+        if span.text in (".", ";", "!", "?") or _ends_clause(span, clause, kept[at + 1 :]):
             _mark_clause(clause, content)
+            if span.text == "?":
+                _mark_question(clause, kept[at + 1 : -1], content)
             clause = []
         else:
             clause.append(span)
+
+
+def _ends_clause(span: Span, clause: list[Span], ahead: list[Span]) -> bool:
+    """Whether a word ends its clause.
+
+    "Therefore" does not where it leads to a denial ("collapsed and therefore not seen"), and "other than" only does after
+    one: "nothing other than the femur" names the femur.
+    """
+    if "consequences" in span.kinds:
+        follows = next((s for s in ahead if s.text not in fillers()), None)
+        return follows is None or "after" not in follows.kinds
+    if "exceptions" in span.kinds:
+        return any(s.text.split()[0] in _DENYING for s in clause)
+    return "terminators" in span.kinds
+
+
+def _mark_question(question: list[Span], ahead: list[Span], content: tuple[str, ...]) -> None:
+    """What a question names is denied by "no", so by "yes", doubted without a reply, else only mentioned."""
+    reply = ahead[0] if ahead else None
+    alone = len(ahead) < 2 or not ahead[1].text[0].isalnum() or "predicates" in ahead[1].kinds
+    if reply and "reply_yes" in reply.kinds:
+        return
+    denied = reply and "reply_no" in reply.kinds and alone
+    for span in question:
+        if not set(span.kinds).isdisjoint(content):
+            span.status.add("no" if denied else "mention" if reply else "maybe")
 
 
 def _mark_past(spans: list[Span], content: tuple[str, ...]) -> None:
@@ -73,10 +104,13 @@ def _mark_past(spans: list[Span], content: tuple[str, ...]) -> None:
 
 
 def _without_asides(spans: list[Span], content: tuple[str, ...]) -> list[Span]:
-    """The spans less every ", which …,", so that "the stomach, which is usually seen, is absent" is one clause."""
+    """The spans less every ", which …," and ", for example,": "the stomach, which is usually seen, is absent" is one clause."""
     kept, at = [], 0
     while at < len(spans):
         end = at + 1
+        if [s.text for s in spans[at : at + 3 : 2]] == [",", ","] and "mention_before" in spans[end].kinds:
+            at += 3
+            continue
         if spans[at].text == "," and [s.text for s in spans[end : end + 1]] == ["which"]:
             while end < len(spans) and spans[end].text not in (",", ".", ";"):
                 end += 1
@@ -94,20 +128,27 @@ def _mark_clause(clause: list[Span], content: tuple[str, ...]) -> None:
         if "whole_clause" in span.kinds:
             for item in clause:
                 item.status.add("mention")
+        ahead, back = clause[at + 1 :], clause[:at][::-1]
+        replies = "reply_no" in span.kinds and ahead and ahead[0].text == "-" and ahead[0].start > span.end  # "No - normal"
         for status, (before, after) in _STATUS.items():
-            ahead, back = clause[at + 1 :], clause[:at][::-1]
             if after in span.kinds and _reach(back, content, True, status):
                 continue
             if after in span.kinds and ahead and ahead[0].text == ":":  # "not seen: kidneys, bladder"
                 for item in ahead:
                     item.status.add(status)
-            elif before in span.kinds and not _reach(ahead, content, False, status) and _stands_last(ahead):
+            elif (
+                before in span.kinds
+                and not (replies or _reach(ahead, content, False, status))
+                and _stands_last(ahead, back, status)
+            ):
                 _reach(back, content, True, status)
 
 
-def _stands_last(ahead: list[Span]) -> bool:
-    """Whether a cue closes its phrase: "kidneys: no", "the bladder is not, which …"."""
-    return not ahead or ahead[0].text in (",", ")")
+def _stands_last(ahead: list[Span], back: list[Span], status: str) -> bool:
+    """Whether a cue closes its phrase: "kidneys: no", "cysts: none seen", "the bladder is not, which …"."""
+    while status == "no" and ahead and ("predicates" in ahead[0].kinds or ahead[0].text in fillers()):
+        ahead = ahead[1:]
+    return (not ahead or ahead[0].text in (",", ")")) and not (back and back[0].text == ",")
 
 
 def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str) -> bool:
@@ -120,6 +161,8 @@ def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str)
             if back and marked and not set(spans[at - 1].kinds).isdisjoint(content):  # "…(BPD) AC not measurable"
                 break
             span.status.add(status)
+            if back and status == "no":  # "suspected cyst not confirmed"
+                span.status.discard("maybe")
             marked, free = True, 1 if back else 0
         elif span.text in _JOINING:
             closed, free = closed or (marked and span.text in closing), _REACH  # not the "and" of "kidney small and not seen"
@@ -136,19 +179,27 @@ def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str)
             if marked or "predicates" not in span.kinds:
                 break
         elif span.text not in fillers():
-            free -= 1
+            goes_on = marked and not back and spans[at + 1 :] and spans[at + 1].text in (",", *_JOINING)  # "dilated loops, cysts"
+            free -= not goes_on
             if free < 0:
                 break
     return marked
 
 
 def _list_goes_on(spans: list[Span], content: tuple[str, ...]) -> bool:
-    """Whether, after a comma, a list of terms goes on to "or": "…, kidney or bladder"."""
+    """Whether, after a comma, a list goes on to "or": "…, kidney or bladder"; its items may be unknown, but hold no verb."""
+    free = _ITEM
     for span in spans:
         if span.text in ("or", "nor"):
             return True
-        if span.text != "," and span.text not in fillers() and set(span.kinds).isdisjoint(content):
+        if span.text == ",":
+            free = _ITEM
+        elif not set(span.kinds).isdisjoint(("verbs", "predicates", "before", "after", "hedge_before", "hedge_after")):
             return False
+        elif span.text not in fillers() and set(span.kinds).isdisjoint(content):
+            free -= 1
+            if free < 0:
+                return False
     return False
 
 

@@ -106,7 +106,8 @@ def terms(question_id: str) -> Terms:
         tables["none"] = {NOT_ASSESSABLE: VOCABULARY["not_assessable"]["words"]}
     doubts = VOCABULARY["normality"]["unclear"] if question_id == "Q7" else ()
     relations = VOCABULARY["plane_relations"]["words"] if question_id == "Q3" else ()
-    return Terms(tables, beside, {"hedge_before": doubts, "hedge_after": doubts, "mention_before": relations})
+    more = VOCABULARY["actions_cues"] if question_id == "Q8" else {}
+    return Terms(tables, beside, {"hedge_before": doubts, "hedge_after": doubts, "mention_before": relations, **more})
 
 
 @functools.cache

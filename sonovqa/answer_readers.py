@@ -210,11 +210,22 @@ def _quality_rank(spans: list[Span], at: int) -> float:
     while last < len(spans) and not _ends_rank(spans[last], ("with", "and")):
         last += 1
     kinds = {kind for span in spans[first:last] for kind in span.kinds}
+    if "amounts" in spans[at].kinds and any("settings" in s.kinds for s in _beside(spans, at)):  # "low gain"
+        return -1
     set_off = len(spans) > 2 and spans[1].text in (":", "-", ".", ";") and "level" not in spans[2].kinds  # not "low - medium"
-    if not at and set_off:
+    glued = len(spans) > 1 and spans[1].text == "-" and spans[0].end == spans[1].start  # "low-to-medium"
+    if not at and set_off and not glued:
         return 2.5
     rank = 3 if "overall" in kinds else 2 if "subject" in kinds else -1 if "inverse" in kinds else 0 if "aspect" in kinds else 1
     return rank - 0.5 * ("flaw" in spans[at].kinds and rank > 0)
+
+
+def _beside(spans: list[Span], at: int) -> list[Span]:
+    """The nearest span on either side that is neither filler nor hyphen nor colon."""
+    sides = (
+        [s for s in side if s.text not in fillers() and s.text not in ("-", ":")] for side in (spans[at + 1 :], spans[:at][::-1])
+    )
+    return [side[0] for side in sides if side]
 
 
 def _ends_rank(span: Span, words: tuple[str, ...]) -> bool:

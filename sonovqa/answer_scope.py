@@ -13,10 +13,10 @@ from sonovqa.answer_words import fillers
 #: Kinds of cues, as the vocabulary's table ``negation`` names them.
 CUES = (
     "before", "after", "hedge_before", "hedge_after", "mention_before", "whole_clause", "neutral", "terminators", "predicates",
-    "past", "now", "consequences", "exceptions", "reply_no", "reply_yes", "verbs", "excepts",
+    "past", "now", "consequences", "exceptions", "reply_no", "reply_yes", "verbs", "excepts", "mention_after", "conditions",
 )  # fmt: skip
 
-_STATUS = {"no": ("before", "after"), "maybe": ("hedge_before", "hedge_after"), "mention": ("mention_before", None)}
+_STATUS = {"no": ("before", "after"), "maybe": ("hedge_before", "hedge_after"), "mention": ("mention_before", "mention_after")}
 _JOINING = frozenset(("and", "or", "nor", "&", "/", "+", "plus"))
 _REACH = 6  # unknown words a cue may be away from what it denies; NegEx uses five
 _ITEM = 3  # unknown words that one item of a list may have: "no cyst, soft tissue swelling or mass"
@@ -125,7 +125,7 @@ def _without_asides(spans: list[Span], content: tuple[str, ...]) -> list[Span]:
 
 def _mark_clause(clause: list[Span], content: tuple[str, ...]) -> None:
     for at, span in enumerate(clause):
-        if "whole_clause" in span.kinds:
+        if "whole_clause" in span.kinds or ("conditions" in span.kinds and not at):
             for item in clause:
                 item.status.add("mention")
         ahead, back = clause[at + 1 :], clause[:at][::-1]

@@ -18,7 +18,8 @@ AGE = VOCABULARY["age"]
 _WEEK = r"(?:completed )?(?:weeks?|we?a?ks|wks?|w)\b\.?"
 _DAY = r"(?:days?|d)\b"
 _TO = r"(?:-|~|to|and|until|till|through)"
-_SENTENCE = re.compile(r"[.;!?](?!\d)")
+#: The end of a sentence in cleaned text.
+SENTENCE = re.compile(r"[.;!?](?!\d)")
 _FREE = r"(?<![\w.@])(?<!\d[/+])"  # a number begins here, not in the middle of another one or of a date
 
 
@@ -69,7 +70,8 @@ def _either(words) -> str:
 def _pattern(name: str) -> re.Pattern:
     """The compiled expressions, built once from the vocabulary."""
     point = r"(?:@\d+(?:\.\d+)?|\d{1,2}(?:\.\d+)?(?!\d))"  # days as `rewritten_age` writes them, or weeks
-    number, unit = r"\d+(?:\.\d+)?", _either(_units())
+    thousands = r"\d{1,3}(?:,\d{3})+(?= ?(?:g|gm|grams?|ml)\b| ?(?:$|[;.]))"  # 1,850 g
+    number, unit = rf"(?:{thousands}|\d+(?:\.\d+)?)", _either(_units())
     less, more = rf"(?P<less>{_either(AGE['less'])})", rf"(?P<more>{_either(AGE['more'])})"
     plus_or_minus = r"(?:±|\+/-|\+ or -|plus or minus|give or take)"
     patterns = {
@@ -93,6 +95,8 @@ def _pattern(name: str) -> re.Pattern:
         "qualifier": rf"\b{_either([*AGE['approximate'], *AGE['cues'], *AGE['less'], *AGE['more'], 'of', 'is', 'the', 'at'])}",
         "quantity": rf"(?:{less}|{more})? ?(?P<low>(?:(?<![\w)])-)?(?<![\d.@]){number})"
         rf"(?: ?(?P<inner>{unit})? ?(?P<joint>-|~|to|±|\+/-) ?(?P<high>{number})(?! ?{_DAY}))? ?-?(?P<unit>{unit})?",
+        "listed": r"(?:and|or) ?\d",
+        "two units": r" ?\d+ ?cm,?(?: and)? ?\d(?:\.\d+)? ?mm",  # 7 cm 2 mm
         "comma": r"(?<=\d),(?=\d{1,2} ?(?:mm|cm)\b)",
         "sizes": rf"({number}) ?(?:{unit})? ?[x×] ?(?=(?:{number} ?(?:{unit})? ?[x×] ?)*{number} ?({unit}))",
     }
@@ -142,7 +146,7 @@ def ages(text: str) -> list[Found]:
     found = []
     for match in _pattern("age").finditer(text):
         closed = match.end() - match[0].endswith(".")  # "25 weeks." ends the sentence
-        before, after = _SENTENCE.split(text[: match.start()])[-1], _SENTENCE.split(text[closed:])[0]
+        before, after = SENTENCE.split(text[: match.start()])[-1], SENTENCE.split(text[closed:])[0]
         sign = _pattern("sign").search(before)
         start = match.start() - (len(sign[0]) if sign else 0)
         before = before[: len(before) - match.start() + start]
@@ -217,9 +221,14 @@ def quantities(text: str) -> list[Found]:
     found = []
     for match in _pattern("quantity").finditer(text):
         glued = text[: match.start("low")][-1:].isalpha()
-        if text[match.end() : match.end() + 1].isalpha() or (glued and not match["unit"]):  # "3rd", "4ch", "T2", but BPD47mm
+        bare = text[match.end() : match.end() + 1].isalpha() and not _pattern("listed").match(text, match.end())  # 150 and 32 mm
+        if bare or (glued and not match["unit"]):  # "3rd", "4ch", "T2", but BPD47mm
             continue
-        found.append(Found(_quantity(match), match.start(), match.end()))
+        quantity = Found(_quantity(match), match.start(), match.end())
+        if found and _pattern("two units").fullmatch(text, found[-1].start, quantity.end):
+            total = round(found[-1].value.value + quantity.value.value, 6)
+            quantity = Found(found[-1].value._replace(value=total, low=total, high=total), found.pop().start, quantity.end)
+        found.append(quantity)
     return found
 
 
@@ -227,7 +236,8 @@ def _quantity(match: re.Match) -> Quantity:
     """The quantity of one match of "quantity"."""
     factor, unit = _units().get(match["unit"] or match["inner"] or "", (1, ""))
     first = _units()[match["inner"]][0] if match["inner"] else factor
-    low, high = float(match["low"]) * first, float(match["high"] or match["low"]) * factor
+    low, high = (float(number.replace(",", "")) for number in (match["low"], match["high"] or match["low"]))
+    low, high = low * first, high * factor
     if match["joint"] in ("±", "+/-"):
         low, high = low - high, low + high
     if not match["high"]:

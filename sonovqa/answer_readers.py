@@ -6,15 +6,18 @@ A reader never guesses: contradicting components and unknown words give no compo
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Callable
 
-from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, between_words, bin_of, ordered, set_meaning, single, terms
-from sonovqa.answer_numbers import AGE, Found, Quantity, age, digits, quantities, rewritten_age, sizes
+from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, between_words, bin_of, set_meaning, single, terms
+from sonovqa.answer_numbers import AGE, age, digits, quantities, rewritten_age, sizes
 from sonovqa.answer_scope import Span, asserted
+from sonovqa.answer_values import values
 from sonovqa.answer_words import VOCABULARY, clean, fillers, word
 
+_COUNTS = frozenset((*AGE["numbers"], "half", "quarter"))  # words before a unit: "seventeen and a half cm"
 #: What may stand between a structure and the length that makes it a parameter.
 _GAP = re.compile(r"[\s:=(~]*(?:(?:is|was|of|at|about|approx|approximately|measures|measured|measuring)\b[\s:=(~]*){0,2}")
 
@@ -29,7 +32,8 @@ def read_structures(text: str) -> Meaning | None:
     spans = list_spans("Q1", text)
     seen = [name for span in spans if not span.status & {"no", "mention"} for name in names_of("structure", span)]
     nothing = re.search(r"\b(?:no|none|nil|nothing)\b", text)
-    return set_meaning("Q1", seen) if seen or nothing or any(names_of("structure", s) for s in spans) else None
+    denied = any(names_of("structure", s) and "no" in s.status for s in spans)
+    return set_meaning("Q1", seen) if seen or nothing or denied else None
 
 
 def names_of(kind: str, span: Span) -> tuple[str, ...]:
@@ -129,8 +133,9 @@ def read_measurements(text: str) -> Meaning | None:
     spans = list_spans("Q4", text)
     said = [(name, s) for s in spans if not s.status & {"no", "mention"} for name in names_of("parameter", s)]
     if not said:
-        return set_meaning("Q4", ()) if any(set(s.kinds) & {"parameter", "none"} for s in spans) else None
-    return set_meaning("Q4", (name for name, _ in said), _values(text, said, quantities(text)))
+        denied = any("none" in s.kinds or ("parameter" in s.kinds and "no" in s.status) for s in spans)
+        return set_meaning("Q4", ()) if denied else None
+    return set_meaning("Q4", (name for name, _ in said), values(text, said, quantities(text)))
 
 
 def list_spans(question_id: str, text: str) -> list[Span]:
@@ -141,9 +146,13 @@ def list_spans(question_id: str, text: str) -> list[Span]:
     """
     spans = terms(question_id).spans(text)
     numbers = quantities(text) if question_id in ("Q1", "Q4") else ()
+    starts = [number.start for number in numbers]
     named_here = {name for span in spans for name in names_of("structure", span)}
     for at, span in enumerate(spans):
-        unit = any(number.start < span.start < number.end for number in numbers)
+        near = bisect.bisect_left(starts, span.start)
+        unit = (near and span.start < numbers[near - 1].end) or (
+            at and span.text in ("cm", "mm") and spans[at - 1].text in _COUNTS
+        )
         general = span.kinds.get("action") in VOCABULARY["actions_generic"]["names"]
         if unit or (general and at + 1 < len(spans) and "action" in spans[at + 1].kinds):
             span.kinds = {}
@@ -152,24 +161,10 @@ def list_spans(question_id: str, text: str) -> list[Span]:
             fitting = [name for name, neighbours in either.items() if not named_here.isdisjoint(neighbours)]
             span.kinds = {"structure": fitting[0]} if len(fitting) == 1 else {}
         elif "measured" in span.kinds and "parameter" not in span.kinds:
-            length = any(n.value.unit == "mm" and _GAP.fullmatch(text[span.end : n.start]) for n in numbers)
+            follows = numbers[bisect.bisect_left(starts, span.end) :][:1]
+            length = any(n.value.unit == "mm" and _GAP.fullmatch(text, span.end, n.start) for n in follows)
             span.kinds = {"parameter": span.kinds["measured"]} if length else {}
     return spans
-
-
-def _values(text: str, named: list[tuple[str, Span]], numbers: list[Found]) -> tuple[Quantity, ...]:
-    """Each quantity with the parameter before it in its sentence, else the one right after ("a 2.3 mm NT")."""
-    given: dict[str, Quantity] = {}
-    numbers = [number for number in numbers if number.value.unit not in ("week", "day", "minute")]  # "BPD 72 mm (28w6d)"
-    together = re.search(r"\brespectively\b", text)
-    for number in numbers:
-        before = [n for n, s in named if s.end <= number.start and not re.search(r"[;!?]|\.(?!\d)", text[s.end : number.start])]
-        after = [n for n, s in named if s.start >= number.end and re.fullmatch(r"[^;,.!?\d]{0,12}", text[number.end : s.start])]
-        free = [n for n in before if n not in given]
-        candidates = free[:1] if together else [n for n in before[-1:] if n in free] or after[:1]
-        if candidates and candidates[0] not in given:
-            given[candidates[0]] = number.value._replace(name=candidates[0])
-    return tuple(given[name] for name in ordered("Q4", given))
 
 
 def read_age(text: str) -> Meaning | None:

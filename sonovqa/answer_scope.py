@@ -14,6 +14,7 @@ from sonovqa.answer_words import fillers
 CUES = (
     "before", "after", "hedge_before", "hedge_after", "mention_before", "whole_clause", "neutral", "terminators", "predicates",
     "past", "now", "consequences", "exceptions", "reply_no", "reply_yes", "verbs", "excepts", "mention_after", "conditions",
+    "closing",
 )  # fmt: skip
 
 _STATUS = {"no": ("before", "after"), "maybe": ("hedge_before", "hedge_after"), "mention": ("mention_before", "mention_after")}
@@ -131,21 +132,20 @@ def _mark_clause(clause: list[Span], content: tuple[str, ...]) -> None:
         ahead, back = clause[at + 1 :], clause[:at][::-1]
         replies = "reply_no" in span.kinds and ahead and ahead[0].text == "-" and ahead[0].start > span.end  # "No - normal"
         for status, (before, after) in _STATUS.items():
-            if after in span.kinds and _reach(back, content, True, status):
+            closing = status == "no" and "closing" in span.kinds and not ahead
+            if (after in span.kinds or closing) and _reach(back, content, True, status):
                 continue
             if after in span.kinds and ahead and ahead[0].text == ":":  # "not seen: kidneys, bladder"
                 for item in ahead:
                     item.status.add(status)
-            elif (
-                before in span.kinds
-                and not (replies or _reach(ahead, content, False, status))
-                and _stands_last(ahead, back, status)
-            ):
+            elif before in span.kinds and (replies or not _reach(ahead, content, False, status)) and _last(ahead, back, status):
                 _reach(back, content, True, status)
 
 
-def _stands_last(ahead: list[Span], back: list[Span], status: str) -> bool:
-    """Whether a cue closes its phrase: "kidneys: no", "cysts: none seen", "the bladder is not, which …"."""
+def _last(ahead: list[Span], back: list[Span], status: str) -> bool:
+    """Whether a denial or doubt closes its phrase: "kidneys: no", "cysts: none seen", "the bladder is not, which …"."""
+    if status == "mention":
+        return False
     while status == "no" and ahead and ("predicates" in ahead[0].kinds or ahead[0].text in fillers()):
         ahead = ahead[1:]
     return (not ahead or ahead[0].text in (",", ")")) and not (back and back[0].text == ",")
@@ -166,6 +166,8 @@ def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str)
             marked, free = True, 1 if back else 0
         elif span.text in _JOINING:
             closed, free = closed or (marked and span.text in closing), _REACH  # not the "and" of "kidney small and not seen"
+        elif span.text == "(" and marked and _same(spans[at - 1], spans[at + 1 :]):
+            continue  # "not the head circumference (HC)"
         elif span.text in (",", "(", ")"):
             if not at and not back:  # the "no" of "No, …" answers; it denies nothing
                 break
@@ -184,6 +186,11 @@ def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str)
             if free < 0:
                 break
     return marked
+
+
+def _same(span: Span, ahead: list[Span]) -> bool:
+    """Whether the next term stands for the same as this one."""
+    return bool(ahead and span.kinds.items() & ahead[0].kinds.items())
 
 
 def _list_goes_on(spans: list[Span], content: tuple[str, ...]) -> bool:

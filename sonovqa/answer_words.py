@@ -30,7 +30,7 @@ _DOTTED = re.compile(
 #: A heading ticked off: "normal (y/n): n", "bladder: -", "cysts: 0", "stomach (+)".
 _TICKED = re.compile(
     r"\(?\b(?:y ?/ ?n|yes ?/ ?no)\b\)?[\s:=?]*\b(?P<sign>y|n|yes|no)\b"
-    r"|(?<=[a-z]) ?(?:\((?P<sign2>[+-])\)|: ?(?P<sign3>[+-]|0)(?= ?(?:[,;.]|$)))"
+    r"|(?<=[a-z]) ?(?:\((?P<sign2>[+-])\)|: ?(?P<sign3>[+-]|0)(?= ?(?:[,;.](?!\d)|$)))"
 )
 _PAIR = re.compile(r"\b(left|right|internal|external) ?[&+/] ?(?=(?:left|right|internal|external)\b)")
 #: Marks of a chat template: what stands between turns, and what encloses a model's thinking.
@@ -78,6 +78,8 @@ def clean(text: str) -> str:
     text = _DOTTED.sub(lambda found: found[0][:-1], text)
     text = re.sub(r"\bw/(o\b)?(?=[\sa-z]|$)", lambda found: " without " if found[1] else " with ", text)
     text = re.sub(r"(?<!\w)\?\s*(?=\w)", "query ", text)  # "?cyst", not the end of a question
+    text = re.sub(r"(?<![\w.,])\.(?=\d)", "0.", text)  # .18
+    text = re.sub(r"\b(\d+) and a half\b", r"\1.5", text)
     text = _TICKED.sub(lambda found: f": {'no' if found[found.lastgroup][0] in 'n-0' else 'yes'} ", text)
     text = _PAIR.sub(r"\1 and ", text)  # left & right ventricle
     text = re.sub(r"(?<=\d)(mm|cm)(?=[a-z]{2})", r"\1 ", text)  # bpd47mmhc175mm

@@ -217,10 +217,9 @@ def _quality_rank(spans: list[Span], at: int) -> float:
 
 def _beside(spans: list[Span], at: int) -> list[Span]:
     """The nearest span on either side that is neither filler nor hyphen nor colon."""
-    sides = (
-        [s for s in side if s.text not in fillers() and s.text not in ("-", ":")] for side in (spans[at + 1 :], spans[:at][::-1])
-    )
-    return [side[0] for side in sides if side]
+    sides = (spans[at + 1 : at + 7], spans[max(0, at - 6) : at][::-1])
+    told = ([s for s in side if s.text not in fillers() and s.text not in ("-", ":")] for side in sides)
+    return [side[0] for side in told if side]
 
 
 def _ends_rank(span: Span, words: tuple[str, ...]) -> bool:

@@ -129,6 +129,8 @@ def _mark_clause(clause: list[Span], content: tuple[str, ...]) -> None:
         if "whole_clause" in span.kinds or ("conditions" in span.kinds and not at):
             for item in clause:
                 item.status.add("mention")
+        if not span.kinds:
+            continue
         ahead, back = clause[at + 1 :], clause[:at][::-1]
         replies = "reply_no" in span.kinds and ahead and ahead[0].text == "-" and ahead[0].start > span.end  # "No - normal"
         for status, (before, after) in _STATUS.items():

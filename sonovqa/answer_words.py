@@ -21,7 +21,7 @@ SPELLING: dict[str, str] = {other: right for right, others in VOCABULARY["spelli
 
 _PLAIN = str.maketrans(dict(zip("’‘“”–—‐‑−_", "''\"\"----- ", strict=True)))
 _JOINED = re.compile(rf"\b(?:{'|'.join(sorted(VOCABULARY['joined'], key=len, reverse=True))})\b")
-_BULLET = re.compile(r"^\s*(?:[-*•·]\s+(?![\d\s])|\d+[.)]\s+)", re.MULTILINE)
+_BULLET = re.compile(r"^[^\S\n]*(?:[-*•·]\s+(?![\d\s])|\d+[.)]\s+)", re.MULTILINE)
 _DOTTED = re.compile(
     rf"\b(?:{'|'.join(VOCABULARY['abbreviated']['words'])})\.|\blong\.(?= (?:{'|'.join(VOCABULARY['abbreviated']['long'])})\b)"
 )
@@ -33,6 +33,8 @@ _TICKED = re.compile(
     r"|(?<=[a-z]) ?(?:\((?P<sign2>[+-])\)|: ?(?P<sign3>[+-]|0)(?= ?(?:[,;.](?!\d)|$)))"
 )
 _PAIR = re.compile(r"\b(left|right|internal|external) ?[&+/] ?(?=(?:left|right|internal|external)\b)")
+#: Characters of an answer that are read; one that goes on longer is a model that does not stop.
+LONGEST = 4000
 #: Marks of a chat template: what stands between turns, and what encloses a model's thinking.
 _MARK = r"<\|[\w ]{1,30}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]"
 _OPENING = re.compile(r"(?:\s|<s>|(?:<\|im_start\|>|<start_of_turn>)\s*(?:assistant|model)\b|<\|assistant\|>)*", re.IGNORECASE)
@@ -50,10 +52,13 @@ def has_remains(text: str) -> bool:
 
 
 def answer_part(text: str) -> str:
-    """What of a model's output is its answer: no thinking, and nothing after the end of its turn; "" of a thought cut short."""
+    """What of a model's output is its answer: no thinking, nothing after the end of its turn, `LONGEST` characters at most.
+
+    A thought cut short leaves "".
+    """
     text = _THOUGHT.sub(" ", str(text))
-    text = text[_OPENING.match(text).end() :]
-    return _END.split(text, maxsplit=1)[0]
+    text = _END.split(text[_OPENING.match(text).end() :], maxsplit=1)[0].strip()
+    return text if len(text) <= LONGEST else (text[:LONGEST].rsplit(None, 1) or [""])[0]
 
 
 def one_line(text: str) -> str:

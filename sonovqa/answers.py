@@ -13,7 +13,7 @@ from sonovqa import answer_wording
 from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, bin_of, ordered
 from sonovqa.answer_numbers import AGE, Quantity
 from sonovqa.answer_readers import READERS, read_free
-from sonovqa.answer_words import VOCABULARY, clean, one_line
+from sonovqa.answer_words import LONGEST, VOCABULARY, clean, one_line
 
 __all__ = [
     "CANONICAL", "COHERENCE", "COMPONENTS", "NOT_ASSESSABLE", "PLANE_RULES", "Meaning", "Quantity", "bin_of", "label",
@@ -79,13 +79,14 @@ def normalise(question_id: str, text: str) -> str:
 
     Where every word is understood, the meaning is written anew ("Within Normal limits." -> "normal"); elsewhere known
     terms are replaced and all other words stay ("Abnormal, thickened NT" -> "abnormal: thick nuchal translucency").
-    Never changes what `read` reads. Other ids than Q1 … Q8: white space only.
+    Never changes what `read` reads; a text of more than `LONGEST` characters keeps its wording. Other ids than Q1 … Q8:
+    white space only.
     """
     if question_id not in READERS:
         return " ".join(str(text).split())
     plain = worded = one_line(text)
     before = read(question_id, text)
-    for _ in range(4 if plain else 0):  # a replaced term may complete another: "fetal skull contour"
+    for _ in range(4 if 0 < len(plain) <= LONGEST else 0):  # a replaced term may complete another: "fetal skull contour"
         last, worded = worded, answer_wording.wording(question_id, clean(worded))
         after = read(question_id, worded)
         if (before and before.key) != (after and after.key):

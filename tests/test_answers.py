@@ -183,6 +183,18 @@ def test_speed():
     assert (time.perf_counter() - start) * 15152 / len(rows) < 15
 
 
+@pytest.mark.parametrize("question_id", QUESTIONS)
+@pytest.mark.parametrize(
+    "piece", ["AC 12 mm, ", "20 ", "no cyst, left kidney ", "low gain ", "spine left ", "\n", "x", "- normal?\n"]
+)
+def test_an_answer_of_a_megabyte_is_read_in_time(question_id, piece):
+    text = piece * (1_000_000 // len(piece))
+    start = time.perf_counter()
+    answers.read(question_id, text)
+    answers.normalise(question_id, text)
+    assert time.perf_counter() - start < 2
+
+
 CATEGORY_PLANES = {
     "Abdomen": "axial abdomen", "Aorta": "sagittal aorta", "CRL-View": "sagittal CRL", "Cervical": "sagittal spine",
     "Cervix": "sagittal cervix", "Femur": "longitudinal femur", "NT-View": "sagittal NT",

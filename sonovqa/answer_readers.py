@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable
 
 from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, between_words, bin_of, set_meaning, single, terms
-from sonovqa.answer_numbers import AGE, age, digits, quantities, rewritten_age, sizes
+from sonovqa.answer_numbers import AGE, age, quantities, rewritten_age
 from sonovqa.answer_scope import Span, asserted
 from sonovqa.answer_values import values
-from sonovqa.answer_words import VOCABULARY, clean, fillers, word
+from sonovqa.answer_words import VOCABULARY, fillers, word
 
 _COUNTS = frozenset((*AGE["numbers"], "half", "quarter"))  # words before a unit: "seventeen and a half cm"
 #: What may stand between a structure and the length that makes it a parameter.
@@ -286,28 +286,6 @@ def read_actions(text: str) -> Meaning | None:
     if not found and any("action" in s.kinds and "no" in s.status for s in spans):
         found = {"no action"}
     return set_meaning("Q8", found) if found else None
-
-
-def read_free(text: str, question: str | None = None) -> Meaning | None:
-    """Any other question (VQA-RAD): yes or no, a number with its unit, else the words themselves, items in any order."""
-    lead = re.match(r"(yes|no)\b", text)
-    set_off = re.match(r"(yes|no)\s*(?:$|[.,;:!])", text)
-    if lead and (set_off if question is None else set_off or _is_yes_no(clean(question))):
-        return single(lead[0])
-    plain = sizes(digits(text))
-    numbers = tuple(found.value for found in quantities(plain))
-    for found in reversed(quantities(plain)):
-        plain = f"{plain[: found.start]} {found.value} {plain[found.end :]}"
-    words = re.sub(rf"\b(?:the|a|an|{'|'.join(map(re.escape, AGE['approximate']))})\b|~", " ", plain)
-    items = sorted({" ".join(item.strip(" .!?'\"").split()) for item in re.split(r"[,;]|\band\b(?=.*,|$)", words)} - {""})
-    key = ", ".join(items)
-    return Meaning(key, frozenset((key,)), values=numbers) if key else None
-
-
-def _is_yes_no(question: str) -> bool:
-    """Whether a question asks for yes or no: it begins with an auxiliary and offers no choice."""
-    auxiliary = r"(?:is|are|was|were|do|does|did|has|have|can|could|would|will|should|any)\b"
-    return bool(re.match(auxiliary, question)) and " or " not in question
 
 
 READERS: dict[str, Callable[[str], Meaning | None]] = {

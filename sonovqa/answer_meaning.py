@@ -54,7 +54,7 @@ def _tables(question_id: str) -> dict[str, dict[str, Iterable[str]]]:
         several = {kind: {name: [name] for name in v[kind]["structure"]} for kind in ("together", "ambiguous")}
         return {"structure": named(v["structures"]), **several}
     if question_id == "Q2":
-        tables = {kind: named(table) for kind, table in v["orientation"].items() if kind not in ("either", "between")}
+        tables = {kind: named(table) for kind, table in v["orientation"].items() if kind not in ("either", "between", "parts")}
         return tables | {"view": _sections(tables["view"])}
     if question_id == "Q3":
         planes = v["planes"].items()

@@ -45,9 +45,11 @@ def names_of(kind: str, span: Span) -> tuple[str, ...]:
 def read_orientation(text: str) -> Meaning | None:
     """Q2: presentation, view and side, each once or, if contradicted, not at all."""
     spans = terms("Q2").spans(text)
-    said = {kind: {s.kinds[kind] for s in asserted(spans, kind)} for kind in ("presentation", "view")}
+    parts = {at for at, span in enumerate(spans) if _is_part(spans, at)}
+    kept = [span for at, span in enumerate(spans) if at not in parts]
+    said = {kind: {s.kinds[kind] for s in asserted(kept, kind)} for kind in ("presentation", "view")}
     for loose, view in VOCABULARY["orientation"]["either"].items():
-        bare = any(s.text == loose for s in spans)
+        bare = any(s.text == loose and not s.status for s in spans)
         if bare and said["presentation"] - {loose, "longitudinal lie"}:  # "cephalic, transverse": lie is known, so a view
             said["presentation"].discard(loose)
             said["view"].add(view)
@@ -69,19 +71,30 @@ def _finest(names: set[str]) -> set[str]:
     return {name for name in names if not any(words[name] < words[other] for other in names)}
 
 
+def _is_part(spans: list[Span], at: int) -> bool:
+    """Whether a presentation's word is a part of the body with a place in the image: "the breech at the bottom"."""
+    beyond = _beyond(spans, at)
+    return spans[at].text in VOCABULARY["orientation"]["parts"] and beyond is not None and "direction" in spans[beyond].kinds
+
+
+def _beyond(spans: list[Span], at: int) -> int | None:
+    """The place of the first span after ``at`` that is more than "lies (not) on the"."""
+    end = at + 1
+    while end < len(spans) and (spans[end].text in between_words() or spans[end].text in ("-", ":", "=", "not")) and end - at < 8:
+        end += 1
+    return end if end < len(spans) else None
+
+
 def _sides(spans: list[Span]) -> dict[str, str]:
     """Anchor -> direction for every "spine to the left" and "left-sided spine"; anchors with two directions are left out."""
-    between, pairs, at = between_words(), [], 0
+    pairs, at = [], 0
     while at < len(spans):
-        end = at + 1
-        while end < len(spans) and (spans[end].text in between or spans[end].text in ("-", ":", "=")) and end - at < 8:
-            end += 1
-        if end < len(spans) and not (spans[at].status | spans[end].status):
-            for first, second in ((spans[at], spans[end]), (spans[end], spans[at])):
-                if "anchor" in first.kinds and "direction" in second.kinds:
-                    pairs.append((first.kinds["anchor"], second.kinds["direction"]))
-                    at = end
-                    break
+        end = _beyond(spans, at)
+        if end is not None and {"anchor", "direction"} <= spans[at].kinds.keys() | spans[end].kinds.keys():
+            direction = _side(spans, at, end)
+            if direction:
+                pairs.append(direction)
+                at = end
         at += 1
     pairs += [tuple(s.kinds["position"].split()) for s in asserted(spans, "position")]
     counts: dict[str, set[str]] = {}
@@ -89,6 +102,20 @@ def _sides(spans: list[Span]) -> dict[str, str]:
         counts.setdefault(anchor, set()).add(direction)
     finest = {anchor: _finest(found) for anchor, found in counts.items()}  # of "left (LOT)", "maternal left" has both
     return {anchor: next(iter(found)) for anchor, found in finest.items() if len(found) == 1}
+
+
+def _side(spans: list[Span], at: int, end: int) -> tuple[str, str] | None:
+    """Anchor and direction of an anchor beside a direction; of "not on the left but on the right" the right."""
+    first, second = spans[at], spans[end]
+    if "anchor" in first.kinds and "direction" in second.kinds:
+        if "no" in second.status and not first.status and end + 1 < len(spans) and spans[end + 1].text == "but":
+            instead = _beyond(spans, end + 1)
+            second = spans[instead] if instead is not None and "direction" in spans[instead].kinds else second
+        return None if first.status or second.status else (first.kinds["anchor"], second.kinds["direction"])
+    if "anchor" not in second.kinds or "direction" not in first.kinds or first.status or second.status:
+        return None
+    apart = any(span.text == "with" for span in spans[at:end])  # "lying on its left side with the spine posterior"
+    return None if apart else (second.kinds["anchor"], first.kinds["direction"])
 
 
 def read_plane(text: str) -> Meaning | None:

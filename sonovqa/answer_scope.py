@@ -91,16 +91,19 @@ def _mark_question(question: list[Span], ahead: list[Span], content: tuple[str, 
 def _mark_past(spans: list[Span], content: tuple[str, ...]) -> None:
     """Mark as mere mention what "was so", where the same sentence goes on to what is so now."""
     past: list[Span] | None = None
+    still = False  # whether what is said is still of the past
     for span in spans:
-        if span.text in (".", ";", "!"):
+        if span.text in (".", "!"):
             past = None
         elif "past" in span.kinds:
-            past = []
+            past, still = [], True
         elif "now" in span.kinds and past:
             for earlier in past:
                 earlier.status.add("mention")
             past = None
-        elif past is not None and not set(span.kinds).isdisjoint(content):
+        elif span.text in ("is", "are"):
+            still = False
+        elif past is not None and still and not set(span.kinds).isdisjoint(content):
             past.append(span)
 
 

@@ -30,7 +30,7 @@ _DOTTED = re.compile(
 #: A heading ticked off: "normal (y/n): n", "bladder: -", "cysts: 0", "stomach (+)".
 _TICKED = re.compile(
     r"\(?\b(?:y ?/ ?n|yes ?/ ?no)\b\)?[\s:=?]*\b(?P<sign>y|n|yes|no)\b"
-    r"|(?<=[a-z]) ?(?:\((?P<sign2>[+-])\)|: ?(?P<sign3>[+-]|0)(?= ?(?:[,;.](?!\d)|$)))"
+    r"|(?<=[a-z]) ?(?:\((?P<sign2>[+-])\)|: ?(?P<sign3>[+-]|0)(?= ?(?:[,;!?]|\.(?!\d)|$)))"
 )
 _PAIR = re.compile(r"\b(left|right|internal|external) ?[&+/] ?(?=(?:left|right|internal|external)\b)")
 #: Characters of an answer that are read; one that goes on longer is a model that does not stop.

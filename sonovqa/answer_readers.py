@@ -255,6 +255,7 @@ def _ends_rank(span: Span, words: tuple[str, ...]) -> bool:
 
 def read_normality(text: str) -> Meaning | None:
     """Q7: an asserted finding makes it abnormal; a doubted one, or doubt about the verdict itself, unclear; else normal."""
+    text = re.sub(r"^(?:ab)?normal ?(?:/|or) ?(?:ab)?normal ?[:?=] ?(?=\w)", "", text)  # the choice, repeated before the answer
     spans = terms("Q7").spans(text)
     leading = next((s for s in spans if s.text not in (":", "-")), None)
     if leading is not None and leading.kinds.get("verdict") == "unclear" and _ends_phrase(spans, leading):

@@ -14,7 +14,7 @@ from sonovqa.answer_words import fillers
 CUES = (
     "before", "after", "hedge_before", "hedge_after", "mention_before", "whole_clause", "neutral", "terminators", "predicates",
     "past", "now", "consequences", "exceptions", "reply_no", "reply_yes", "verbs", "excepts", "mention_after", "conditions",
-    "closing",
+    "closing", "against",
 )  # fmt: skip
 
 _STATUS = {"no": ("before", "after"), "maybe": ("hedge_before", "hedge_after"), "mention": ("mention_before", "mention_after")}
@@ -135,7 +135,7 @@ def _mark_clause(clause: list[Span], content: tuple[str, ...]) -> None:
         if not span.kinds:
             continue
         ahead, back = clause[at + 1 :], clause[:at][::-1]
-        replies = "reply_no" in span.kinds and ahead and ahead[0].text == "-" and ahead[0].start > span.end  # "No - normal"
+        silent = _silent(span, ahead, content)
         for status, (before, after) in _STATUS.items():
             closing = status == "no" and "closing" in span.kinds and not ahead
             if (after in span.kinds or closing) and _reach(back, content, True, status):
@@ -143,8 +143,15 @@ def _mark_clause(clause: list[Span], content: tuple[str, ...]) -> None:
             if after in span.kinds and ahead and ahead[0].text == ":":  # "not seen: kidneys, bladder"
                 for item in ahead:
                     item.status.add(status)
-            elif before in span.kinds and (replies or not _reach(ahead, content, False, status)) and _last(ahead, back, status):
+            elif before in span.kinds and (silent or not _reach(ahead, content, False, status)) and _last(ahead, back, status):
                 _reach(back, content, True, status)
+
+
+def _silent(span: Span, ahead: list[Span], content: tuple[str, ...]) -> bool:
+    """Whether a cue says nothing of what follows: "No - normal", "remove artefacts and repeat the scan"."""
+    if "reply_no" in span.kinds and ahead and ahead[0].text == "-" and ahead[0].start > span.end:
+        return True
+    return "against" in span.kinds and next((s.text for s in ahead if s.text == "and" or _holds(s, content)), "") == "and"
 
 
 def _last(ahead: list[Span], back: list[Span], status: str) -> bool:
@@ -162,7 +169,7 @@ def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str)
     marked = closed = False
     free = _REACH  # unknown words that may still be passed
     for at, span in enumerate(spans):
-        if any(kind in span.kinds for kind in content):
+        if _holds(span, content):
             if back and marked and not set(spans[at - 1].kinds).isdisjoint(content):  # "…(BPD) AC not measurable"
                 break
             span.status.add(status)
@@ -191,6 +198,10 @@ def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str)
             if free < 0:
                 break
     return marked
+
+
+def _holds(span: Span, content: tuple[str, ...]) -> bool:
+    return not set(span.kinds).isdisjoint(content)
 
 
 def _same(span: Span, ahead: list[Span]) -> bool:

@@ -14,7 +14,7 @@ from sonovqa.answer_words import fillers
 CUES = (
     "before", "after", "hedge_before", "hedge_after", "mention_before", "whole_clause", "neutral", "terminators", "predicates",
     "past", "now", "consequences", "exceptions", "reply_no", "reply_yes", "verbs", "excepts", "mention_after", "conditions",
-    "closing", "against",
+    "closing", "against", "refutes",
 )  # fmt: skip
 
 _STATUS = {"no": ("before", "after"), "maybe": ("hedge_before", "hedge_after"), "mention": ("mention_before", "mention_after")}
@@ -66,13 +66,13 @@ def _ends_clause(span: Span, clause: list[Span], ahead: list[Span]) -> bool:
     """Whether a word ends its clause.
 
     "Therefore" does not where it leads to a denial ("collapsed and therefore not seen"), and "other than" only does after
-    one: "nothing other than the femur" names the femur.
+    one or after a verdict: "nothing other than the femur" names the femur.
     """
     if "consequences" in span.kinds:
         follows = next((s for s in ahead if s.text not in fillers()), None)
         return follows is None or "after" not in follows.kinds
     if "exceptions" in span.kinds:
-        return any(s.text.split()[0] in _DENYING for s in clause)
+        return any(s.text.split()[0] in _DENYING or "verdict" in s.kinds for s in clause)
     return "terminators" in span.kinds
 
 
@@ -145,6 +145,9 @@ def _mark_clause(clause: list[Span], content: tuple[str, ...]) -> None:
                     item.status.add(status)
             elif before in span.kinds and (silent or not _reach(ahead, content, False, status)) and _last(ahead, back, status):
                 _reach(back, content, True, status)
+        if "refutes" in span.kinds:
+            for item in back:
+                item.status -= {"maybe"} if "no" in item.status else set()
 
 
 def _silent(span: Span, ahead: list[Span], content: tuple[str, ...]) -> bool:
@@ -173,8 +176,6 @@ def _reach(spans: list[Span], content: tuple[str, ...], back: bool, status: str)
             if back and marked and not set(spans[at - 1].kinds).isdisjoint(content):  # "…(BPD) AC not measurable"
                 break
             span.status.add(status)
-            if back and status == "no":  # "suspected cyst not confirmed"
-                span.status.discard("maybe")
             marked, free = True, 1 if back else 0
         elif span.text in _JOINING:
             closed, free = closed or (marked and span.text in closing), _REACH  # not the "and" of "kidney small and not seen"

@@ -54,7 +54,7 @@ def _tables(question_id: str) -> dict[str, dict[str, Iterable[str]]]:
         several = {kind: {name: [name] for name in v[kind]["structure"]} for kind in ("together", "ambiguous")}
         return {"structure": named(v["structures"]), **several}
     if question_id == "Q2":
-        tables = {kind: named(table) for kind, table in v["orientation"].items() if kind not in ("either", "between")}
+        tables = {kind: named(table) for kind, table in v["orientation"].items() if kind not in ("either", "between", "parts")}
         return tables | {"view": _sections(tables["view"])}
     if question_id == "Q3":
         planes = v["planes"].items()
@@ -106,7 +106,8 @@ def terms(question_id: str) -> Terms:
         tables["none"] = {NOT_ASSESSABLE: VOCABULARY["not_assessable"]["words"]}
     doubts = VOCABULARY["normality"]["unclear"] if question_id == "Q7" else ()
     relations = VOCABULARY["plane_relations"]["words"] if question_id == "Q3" else ()
-    return Terms(tables, beside, {"hedge_before": doubts, "hedge_after": doubts, "mention_before": relations})
+    more = VOCABULARY["actions_cues"] if question_id == "Q8" else {}
+    return Terms(tables, beside, {"hedge_before": doubts, "hedge_after": doubts, "mention_before": relations, **more})
 
 
 @functools.cache

@@ -12,13 +12,15 @@ import re
 from typing import NamedTuple
 
 from sonovqa.answer_terms import Terms
-from sonovqa.answer_words import VOCABULARY, named
+from sonovqa.answer_words import VOCABULARY, fillers, named
 
 AGE = VOCABULARY["age"]
 _WEEK = r"(?:completed )?(?:weeks?|we?a?ks|wks?|w)\b\.?"
 _DAY = r"(?:days?|d)\b"
-_TO = r"(?:-|~|to|and|until|till|through)"
-_SENTENCE = re.compile(r"[.;!?](?!\d)")
+_TO = r"(?:-|~|up to|to at most|to no more than|to about|to|and|until|till|through)"
+_NEAR = 120  # characters before and after a number in which words that change it are looked for
+#: The end of a sentence in cleaned text.
+SENTENCE = re.compile(r"[.;!?](?!\d)")
 _FREE = r"(?<![\w.@])(?<!\d[/+])"  # a number begins here, not in the middle of another one or of a date
 
 
@@ -69,9 +71,10 @@ def _either(words) -> str:
 def _pattern(name: str) -> re.Pattern:
     """The compiled expressions, built once from the vocabulary."""
     point = r"(?:@\d+(?:\.\d+)?|\d{1,2}(?:\.\d+)?(?!\d))"  # days as `rewritten_age` writes them, or weeks
-    number, unit = r"\d+(?:\.\d+)?", _either(_units())
+    thousands = r"\d{1,3}(?:,\d{3})+(?= ?(?:g|gm|grams?|ml)\b| ?(?:$|[;.]))"  # 1,850 g
+    number, unit = rf"(?:{thousands}|\d+(?:\.\d+)?)", _either(_units())
     less, more = rf"(?P<less>{_either(AGE['less'])})", rf"(?P<more>{_either(AGE['more'])})"
-    plus_or_minus = r"(?:±|\+/-|\+ or -|plus or minus|give or take)"
+    plus_or_minus = r"\(?(?:±|\+/-|\+ or -|plus or minus|give or take)"
     patterns = {
         "spelt": rf"\b(?:(?P<tens>twenty|thirty|forty)[ -]+)?(?P<one>{_either(AGE['numbers'])})",
         "point": rf"{_FREE}(\d{{1,2}}) ?(?:"
@@ -80,11 +83,17 @@ def _pattern(name: str) -> re.Pattern:
         rf"|w ?0?([0-6])(?!\d)(?: ?{_DAY})?"  # 12w4
         r"|[ -]([1-6]) ?/ ?7)",  # 12 4/7
         "days": rf"{_FREE}(\d{{2,3}}) ?days\b(?: old)?",
-        "error": rf"({point}) ?(?:{_WEEK})? ?{plus_or_minus} ?(\d\d?(?:\.\d)?)(?! ?%) ?({_DAY}|{_WEEK})?(?: ?{_WEEK})?",
-        "age": rf"(?P<lead>\bweeks? )?{_FREE}(?P<low>{point})(?P<inner> ?{_WEEK})?(?: ?{_TO} ?(?P<high>{point}))?"
+        "error": rf"({point}) ?(?:{_WEEK})? ?{plus_or_minus} ?(@\d+|\d\d?(?:\.\d)?)(?! ?%) ?({_DAY}|{_WEEK})?(?: ?{_WEEK})?",
+        "age": rf"(?P<lead>\bweeks? )?{_FREE}(?P<low>{point})(?P<inner> ?{_WEEK})?(?: ?{_TO} ?(?:the )?(?P<high>{point}))?"
         rf"(?P<open> ?\+(?! ?[\d/-]))?(?P<unit> ?-? ?{_WEEK}| ?/ ?40\b)?(?P<open2> ?\+(?! ?[\d/-]))?"
         r"(?P<more> (?:or|and) (?:more|over|above|later|beyond|older|greater|further)\b)?"
         r"(?P<less> or (?:less|earlier|below|younger)\b)?",
+        "comma weeks": rf"(?<![\d,.])(\d\d),(\d)(?= ?(?:-|to\b|{_WEEK}))",  # 20,5 weeks
+        "from": rf"{_either(AGE['more'])} ?({point})(?: ?{_WEEK})?,? ?(?:and|but)? ?{_either(AGE['less'])} ?(?={point})",
+        "from2": rf"({point})(?: ?{_WEEK})? or (?:more|over|above|later),? ?(?:and|but)? ?{_either(AGE['less'])} ?(?={point})",
+        "trimesters": r"\b((?:early |mid |late )?)(first |second |third |1st |2nd |3rd |)(or|to|and|/|-) ?"
+        r"(?=(?:early |mid |late )?(first|second|third|1st|2nd|3rd) trimester)",
+        "generic": rf"\b{_either(AGE['generic'])}(?!.*{_either(AGE['cues'])})",
         "sign": rf"(?:{less}|{more}) ?(?:the )?$",
         "not_after": rf"(?<!\w){_either(AGE['not_after'])}(?: {_either(AGE['between'])})* ?$",
         "not_after_round": rf"(?<!\w){_either(AGE['not_after_round'])}(?: {_either(AGE['between'])})* ?$",
@@ -93,6 +102,8 @@ def _pattern(name: str) -> re.Pattern:
         "qualifier": rf"\b{_either([*AGE['approximate'], *AGE['cues'], *AGE['less'], *AGE['more'], 'of', 'is', 'the', 'at'])}",
         "quantity": rf"(?:{less}|{more})? ?(?P<low>(?:(?<![\w)])-)?(?<![\d.@]){number})"
         rf"(?: ?(?P<inner>{unit})? ?(?P<joint>-|~|to|±|\+/-) ?(?P<high>{number})(?! ?{_DAY}))? ?-?(?P<unit>{unit})?",
+        "listed": r"(?:and|or) ?\d",
+        "two units": r" ?\d+ ?cm,?(?: and)? ?\d(?:\.\d+)? ?mm",  # 7 cm 2 mm
         "comma": r"(?<=\d),(?=\d{1,2} ?(?:mm|cm)\b)",
         "sizes": rf"({number}) ?(?:{unit})? ?[x×] ?(?=(?:{number} ?(?:{unit})? ?[x×] ?)*{number} ?({unit}))",
     }
@@ -119,14 +130,26 @@ def rewritten_age(text: str) -> str:
     """Cleaned text with every age of weeks and days, and every "±", written as ``@days`` (12w+4d -> @88)."""
     text = re.sub(r"(?<=[a-z])(?=\d)", " ", digits(text))  # ga23 weeks
     text = re.sub(r"(\d)(?:st|nd|rd|th)(?= (?:week|and|to|-))", r"\1", text)  # 20th to 24th week
+    text = _pattern("comma weeks").sub(r"\1.\2", text)
     text = _pattern("point").sub(lambda m: f"@{7 * int(m[1]) + int(next(g for g in m.groups()[1:] if g))}", text)
-    text = _pattern("days").sub(lambda m: f"@{m[1]}", text)
 
     def spread(m: re.Match) -> str:
-        middle, error = _weeks(m[1]) * 7, float(m[2]) * (1 if (m[3] or "w").startswith("d") else 7)
+        middle, error = _weeks(m[1]) * 7, float(m[2].lstrip("@")) * (1 if (m[3] or m[2] + "w")[0] in "d@" else 7)
         return f"@{middle - error:.10g}-@{middle + error:.10g}"
 
-    return _pattern("error").sub(spread, text)
+    text = re.sub(rf"{_FREE}(\d{{3}}) ?days\b", r"@\1", text)  # no error has three digits
+    text = _pattern("error").sub(spread, text)
+    text = _pattern("days").sub(lambda m: f"@{m[1]}", text)
+    for bounds in ("from", "from2"):
+        text = _pattern(bounds).sub(r"\1-", text)
+    return _pattern("trimesters").sub(_second_trimester, text)
+
+
+def _second_trimester(m: re.Match) -> str:
+    """The first of two trimesters in full: "first or second trimester", "mid to late second trimester"."""
+    if not m[1] and not m[2]:
+        return m[0]
+    return f"{m[1]}{m[2] or m[4] + ' '}trimester {m[3]} "
 
 
 def _weeks(point: str) -> float:
@@ -140,15 +163,17 @@ def ages(text: str) -> list[Found]:
     "ago" and the like, and only if plausible. "Under 14 weeks" and "38+" end where ``age.open`` says.
     """
     found = []
+    alone = not re.search(r"[a-z]", _pattern("qualifier").sub("", text))
     for match in _pattern("age").finditer(text):
         closed = match.end() - match[0].endswith(".")  # "25 weeks." ends the sentence
-        before, after = _SENTENCE.split(text[: match.start()])[-1], _SENTENCE.split(text[closed:])[0]
+        before = SENTENCE.split(text[max(0, match.start() - _NEAR) : match.start()])[-1]
+        after = SENTENCE.split(text[closed : closed + _NEAR])[0]
         sign = _pattern("sign").search(before)
         start = match.start() - (len(sign[0]) if sign else 0)
         before = before[: len(before) - match.start() + start]
         exact = "@" in match["low"] and not match["high"]
         appointed = not exact and _pattern("not_after_round").search(before)
-        if appointed or _another(before, after) or not _said(match, text):
+        if appointed or _another(before, after) or not (alone or _said(match, text)):
             continue
         low, high = _weeks(match["low"]), _weeks(match["high"] or match["low"])
         if (sign and sign["less"]) or match["less"]:
@@ -163,7 +188,9 @@ def ages(text: str) -> list[Found]:
 def _another(before: str, after: str) -> bool:
     """Whether the words around a number make it something else than an age, or negative."""
     negative = re.search(r"(?:^|\s)-$", before)
-    return bool(negative or _pattern("not_after").search(before) or _pattern("not_before").search(after))
+    no_days = re.match(r" ?\+ ?\d", after)  # 40+10
+    words = any(_pattern(name).search(before) for name in ("not_after", "generic"))
+    return bool(negative or no_days or words or _pattern("not_before").search(after))
 
 
 def _said(match: re.Match, text: str) -> bool:
@@ -178,19 +205,37 @@ def age(text: str) -> Found | None:
     A number goes before a trimester, one called gestational age before others, the first before those that overlap it;
     estimates that lie close together make one interval.
     """
-    found = ages(text)
-    if not found:
-        spans = [s for s in _named_ages().spans(text) if "age" in s.kinds and not s.status & {"no", "mention"}]
-        found = [Found(tuple(map(float, AGE["named"][s.kinds["age"]][:2])), s.start, s.end) for s in spans]
-    called = [f for f in found if _pattern("cue").search(text[: f.start])]
+    found = ages(text) or _trimesters(text)
+    called = [f for f in found if _pattern("cue").search(text[max(0, f.start - _NEAR) : f.start])]
     found = called or found
     if not found:
         return None
     first, (low, high) = found[0], found[0].value
-    if all(max(low, f.value[0]) <= min(high, f.value[1]) for f in found):
-        return first
-    low, high = min(f.value[0] for f in found), max(f.value[1] for f in found)
-    return first._replace(value=(low, high)) if high - low <= AGE["agree"] else None
+    if not all(max(low, f.value[0]) <= min(high, f.value[1]) for f in found):
+        low, high = min(f.value[0] for f in found), max(f.value[1] for f in found)
+        if high - low > AGE["agree"]:
+            return None
+    return first._replace(value=(low, high)) if high - low <= AGE["widest"] else None
+
+
+def _trimesters(text: str) -> list[Found]:
+    """The trimesters said; those that follow each other as one, and none "beyond" or "before" one is said."""
+    spans = _named_ages().spans(text)
+    bare = all(s.text == "term" or s.text in fillers() or not s.text[0].isalnum() for s in spans)
+    found: list[Found] = []
+    for span in spans:
+        before = text[max(0, span.start - _NEAR) : span.start]
+        if "age" not in span.kinds or span.status & {"no", "mention"} or (span.text == "term" and not bare):
+            continue
+        if _pattern("sign").search(before) or _another(before, ""):
+            continue
+        low, high = map(float, AGE["named"][span.kinds["age"]][:2])
+        if found and not (low < found[-1].value[1] and found[-1].value[0] < high):  # they only meet
+            last = found.pop()
+            found.append(Found((min(low, last.value[0]), max(high, last.value[1])), last.start, span.end))
+        else:
+            found.append(Found((low, high), span.start, span.end))
+    return found
 
 
 def age_wording(weeks: tuple[float, float]) -> str:
@@ -217,9 +262,14 @@ def quantities(text: str) -> list[Found]:
     found = []
     for match in _pattern("quantity").finditer(text):
         glued = text[: match.start("low")][-1:].isalpha()
-        if text[match.end() : match.end() + 1].isalpha() or (glued and not match["unit"]):  # "3rd", "4ch", "T2", but BPD47mm
+        bare = text[match.end() : match.end() + 1].isalpha() and not _pattern("listed").match(text, match.end())  # 150 and 32 mm
+        if bare or (glued and not match["unit"]):  # "3rd", "4ch", "T2", but BPD47mm
             continue
-        found.append(Found(_quantity(match), match.start(), match.end()))
+        quantity = Found(_quantity(match), match.start(), match.end())
+        if found and _pattern("two units").fullmatch(text, found[-1].start, quantity.end):
+            total = round(found[-1].value.value + quantity.value.value, 6)
+            quantity = Found(found[-1].value._replace(value=total, low=total, high=total), found.pop().start, quantity.end)
+        found.append(quantity)
     return found
 
 
@@ -227,7 +277,8 @@ def _quantity(match: re.Match) -> Quantity:
     """The quantity of one match of "quantity"."""
     factor, unit = _units().get(match["unit"] or match["inner"] or "", (1, ""))
     first = _units()[match["inner"]][0] if match["inner"] else factor
-    low, high = float(match["low"]) * first, float(match["high"] or match["low"]) * factor
+    low, high = (float(number.replace(",", "")) for number in (match["low"], match["high"] or match["low"]))
+    low, high = low * first, high * factor
     if match["joint"] in ("±", "+/-"):
         low, high = low - high, low + high
     if not match["high"]:

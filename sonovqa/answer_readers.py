@@ -6,14 +6,18 @@ A reader never guesses: contradicting components and unknown words give no compo
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
 from collections.abc import Callable
 
-from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, between_words, bin_of, ordered, set_meaning, single, terms
-from sonovqa.answer_numbers import AGE, Found, Quantity, age, digits, quantities, rewritten_age, sizes
+from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, between_words, bin_of, set_meaning, single, terms
+from sonovqa.answer_numbers import AGE, age, quantities, rewritten_age
 from sonovqa.answer_scope import Span, asserted
-from sonovqa.answer_words import VOCABULARY, clean
+from sonovqa.answer_values import values
+from sonovqa.answer_words import VOCABULARY, fillers, word
 
+_COUNTS = frozenset((*AGE["numbers"], "half", "quarter"))  # words before a unit: "seventeen and a half cm"
 #: What may stand between a structure and the length that makes it a parameter.
 _GAP = re.compile(r"[\s:=(~]*(?:(?:is|was|of|at|about|approx|approximately|measures|measured|measuring)\b[\s:=(~]*){0,2}")
 
@@ -28,7 +32,8 @@ def read_structures(text: str) -> Meaning | None:
     spans = list_spans("Q1", text)
     seen = [name for span in spans if not span.status & {"no", "mention"} for name in names_of("structure", span)]
     nothing = re.search(r"\b(?:no|none|nil|nothing)\b", text)
-    return set_meaning("Q1", seen) if seen or nothing or any(names_of("structure", s) for s in spans) else None
+    denied = any(names_of("structure", s) and "no" in s.status for s in spans)
+    return set_meaning("Q1", seen) if seen or nothing or denied else None
 
 
 def names_of(kind: str, span: Span) -> tuple[str, ...]:
@@ -40,9 +45,11 @@ def names_of(kind: str, span: Span) -> tuple[str, ...]:
 def read_orientation(text: str) -> Meaning | None:
     """Q2: presentation, view and side, each once or, if contradicted, not at all."""
     spans = terms("Q2").spans(text)
-    said = {kind: {s.kinds[kind] for s in asserted(spans, kind)} for kind in ("presentation", "view")}
+    parts = {at for at, span in enumerate(spans) if _is_part(spans, at)}
+    kept = [span for at, span in enumerate(spans) if at not in parts]
+    said = {kind: {s.kinds[kind] for s in asserted(kept, kind)} for kind in ("presentation", "view")}
     for loose, view in VOCABULARY["orientation"]["either"].items():
-        bare = any(s.text == loose for s in spans)
+        bare = any(s.text == loose and not s.status for s in spans)
         if bare and said["presentation"] - {loose, "longitudinal lie"}:  # "cephalic, transverse": lie is known, so a view
             said["presentation"].discard(loose)
             said["view"].add(view)
@@ -64,19 +71,30 @@ def _finest(names: set[str]) -> set[str]:
     return {name for name in names if not any(words[name] < words[other] for other in names)}
 
 
+def _is_part(spans: list[Span], at: int) -> bool:
+    """Whether a presentation's word is a part of the body with a place in the image: "the breech at the bottom"."""
+    beyond = _beyond(spans, at)
+    return spans[at].text in VOCABULARY["orientation"]["parts"] and beyond is not None and "direction" in spans[beyond].kinds
+
+
+def _beyond(spans: list[Span], at: int) -> int | None:
+    """The place of the first span after ``at`` that is more than "lies (not) on the"."""
+    end = at + 1
+    while end < len(spans) and (spans[end].text in between_words() or spans[end].text in ("-", ":", "=", "not")) and end - at < 8:
+        end += 1
+    return end if end < len(spans) else None
+
+
 def _sides(spans: list[Span]) -> dict[str, str]:
     """Anchor -> direction for every "spine to the left" and "left-sided spine"; anchors with two directions are left out."""
-    between, pairs, at = between_words(), [], 0
+    pairs, at = [], 0
     while at < len(spans):
-        end = at + 1
-        while end < len(spans) and (spans[end].text in between or spans[end].text in ("-", ":", "=")) and end - at < 8:
-            end += 1
-        if end < len(spans) and not (spans[at].status | spans[end].status):
-            for first, second in ((spans[at], spans[end]), (spans[end], spans[at])):
-                if "anchor" in first.kinds and "direction" in second.kinds:
-                    pairs.append((first.kinds["anchor"], second.kinds["direction"]))
-                    at = end
-                    break
+        end = _beyond(spans, at)
+        if end is not None and {"anchor", "direction"} <= spans[at].kinds.keys() | spans[end].kinds.keys():
+            direction = _side(spans, at, end)
+            if direction:
+                pairs.append(direction)
+                at = end
         at += 1
     pairs += [tuple(s.kinds["position"].split()) for s in asserted(spans, "position")]
     counts: dict[str, set[str]] = {}
@@ -84,6 +102,20 @@ def _sides(spans: list[Span]) -> dict[str, str]:
         counts.setdefault(anchor, set()).add(direction)
     finest = {anchor: _finest(found) for anchor, found in counts.items()}  # of "left (LOT)", "maternal left" has both
     return {anchor: next(iter(found)) for anchor, found in finest.items() if len(found) == 1}
+
+
+def _side(spans: list[Span], at: int, end: int) -> tuple[str, str] | None:
+    """Anchor and direction of an anchor beside a direction; of "not on the left but on the right" the right."""
+    first, second = spans[at], spans[end]
+    if "anchor" in first.kinds and "direction" in second.kinds:
+        if "no" in second.status and not first.status and end + 1 < len(spans) and spans[end + 1].text == "but":
+            instead = _beyond(spans, end + 1)
+            second = spans[instead] if instead is not None and "direction" in spans[instead].kinds else second
+        return None if first.status or second.status else (first.kinds["anchor"], second.kinds["direction"])
+    if "anchor" not in second.kinds or "direction" not in first.kinds or first.status or second.status:
+        return None
+    apart = any(span.text == "with" for span in spans[at:end])  # "lying on its left side with the spine posterior"
+    return None if apart else (second.kinds["anchor"], first.kinds["direction"])
 
 
 def read_plane(text: str) -> Meaning | None:
@@ -128,8 +160,9 @@ def read_measurements(text: str) -> Meaning | None:
     spans = list_spans("Q4", text)
     said = [(name, s) for s in spans if not s.status & {"no", "mention"} for name in names_of("parameter", s)]
     if not said:
-        return set_meaning("Q4", ()) if any(set(s.kinds) & {"parameter", "none"} for s in spans) else None
-    return set_meaning("Q4", (name for name, _ in said), _values(text, said, quantities(text)))
+        denied = any("none" in s.kinds or ("parameter" in s.kinds and "no" in s.status) for s in spans)
+        return set_meaning("Q4", ()) if denied else None
+    return set_meaning("Q4", (name for name, _ in said), values(text, said, quantities(text)))
 
 
 def list_spans(question_id: str, text: str) -> list[Span]:
@@ -140,9 +173,13 @@ def list_spans(question_id: str, text: str) -> list[Span]:
     """
     spans = terms(question_id).spans(text)
     numbers = quantities(text) if question_id in ("Q1", "Q4") else ()
+    starts = [number.start for number in numbers]
     named_here = {name for span in spans for name in names_of("structure", span)}
     for at, span in enumerate(spans):
-        unit = any(number.start < span.start < number.end for number in numbers)
+        near = bisect.bisect_left(starts, span.start)
+        unit = (near and span.start < numbers[near - 1].end) or (
+            at and span.text in ("cm", "mm") and spans[at - 1].text in _COUNTS
+        )
         general = span.kinds.get("action") in VOCABULARY["actions_generic"]["names"]
         if unit or (general and at + 1 < len(spans) and "action" in spans[at + 1].kinds):
             span.kinds = {}
@@ -151,24 +188,10 @@ def list_spans(question_id: str, text: str) -> list[Span]:
             fitting = [name for name, neighbours in either.items() if not named_here.isdisjoint(neighbours)]
             span.kinds = {"structure": fitting[0]} if len(fitting) == 1 else {}
         elif "measured" in span.kinds and "parameter" not in span.kinds:
-            length = any(n.value.unit == "mm" and _GAP.fullmatch(text[span.end : n.start]) for n in numbers)
+            follows = numbers[bisect.bisect_left(starts, span.end) :][:1]
+            length = any(n.value.unit == "mm" and _GAP.fullmatch(text, span.end, n.start) for n in follows)
             span.kinds = {"parameter": span.kinds["measured"]} if length else {}
     return spans
-
-
-def _values(text: str, named: list[tuple[str, Span]], numbers: list[Found]) -> tuple[Quantity, ...]:
-    """Each quantity with the parameter before it in its sentence, else the one right after ("a 2.3 mm NT")."""
-    given: dict[str, Quantity] = {}
-    numbers = [number for number in numbers if number.value.unit not in ("week", "day", "minute")]  # "BPD 72 mm (28w6d)"
-    together = re.search(r"\brespectively\b", text)
-    for number in numbers:
-        before = [n for n, s in named if s.end <= number.start and not re.search(r"[;!?]|\.(?!\d)", text[s.end : number.start])]
-        after = [n for n, s in named if s.start >= number.end and re.fullmatch(r"[^;,.!?\d]{0,12}", text[number.end : s.start])]
-        free = [n for n in before if n not in given]
-        candidates = free[:1] if together else [n for n in before[-1:] if n in free] or after[:1]
-        if candidates and candidates[0] not in given:
-            given[candidates[0]] = number.value._replace(name=candidates[0])
-    return tuple(given[name] for name in ordered("Q4", given))
 
 
 def read_age(text: str) -> Meaning | None:
@@ -209,11 +232,21 @@ def _quality_rank(spans: list[Span], at: int) -> float:
     while last < len(spans) and not _ends_rank(spans[last], ("with", "and")):
         last += 1
     kinds = {kind for span in spans[first:last] for kind in span.kinds}
+    if "amounts" in spans[at].kinds and any("settings" in s.kinds for s in _beside(spans, at)):  # "low gain"
+        return -1
     set_off = len(spans) > 2 and spans[1].text in (":", "-", ".", ";") and "level" not in spans[2].kinds  # not "low - medium"
-    if not at and set_off:
+    glued = len(spans) > 1 and spans[1].text == "-" and spans[0].end == spans[1].start  # "low-to-medium"
+    if not at and set_off and not glued:
         return 2.5
     rank = 3 if "overall" in kinds else 2 if "subject" in kinds else -1 if "inverse" in kinds else 0 if "aspect" in kinds else 1
     return rank - 0.5 * ("flaw" in spans[at].kinds and rank > 0)
+
+
+def _beside(spans: list[Span], at: int) -> list[Span]:
+    """The nearest span on either side that is neither filler nor hyphen nor colon."""
+    sides = (spans[at + 1 : at + 7], spans[max(0, at - 6) : at][::-1])
+    told = ([s for s in side if s.text not in fillers() and s.text not in ("-", ":")] for side in sides)
+    return [side[0] for side in told if side]
 
 
 def _ends_rank(span: Span, words: tuple[str, ...]) -> bool:
@@ -222,16 +255,37 @@ def _ends_rank(span: Span, words: tuple[str, ...]) -> bool:
 
 def read_normality(text: str) -> Meaning | None:
     """Q7: an asserted finding makes it abnormal; a doubted one, or doubt about the verdict itself, unclear; else normal."""
+    text = re.sub(r"^(?:ab)?normal ?(?:/|or) ?(?:ab)?normal ?[:?=] ?(?=\w)", "", text)  # the choice, repeated before the answer
     spans = terms("Q7").spans(text)
     leading = next((s for s in spans if s.text not in (":", "-")), None)
     if leading is not None and leading.kinds.get("verdict") == "unclear" and _ends_phrase(spans, leading):
         return single("unclear")
-    said = [_verdict(s) for s in spans if set(s.kinds) & {"verdict", "finding", "deviation"} and "mention" not in s.status]
+    judged = [s for s in spans if set(s.kinds) & {"verdict", "finding", "deviation"} and "mention" not in s.status]
+    said = [_verdict(s) for s in judged]
+    if {"normal", "abnormal"} <= {s.kinds.get("verdict") for s in judged if "no" in s.status}:  # "neither normal nor abnormal"
+        return single("unclear")
+    if "abnormal" not in said and "doubted" not in said and _excepted(spans):
+        return None
     for verdict in ("abnormal", "doubted", "normal", "unclear"):
         if verdict in said:
             return single("unclear" if verdict == "doubted" else verdict)
     signs = [s.status for s in spans if "sign" in s.kinds and not s.status & {"mention", "maybe"}]
     return single("abnormal" if any("no" in status for status in signs) else "normal") if signs else None
+
+
+def _excepted(spans: list[Span]) -> bool:
+    """Whether something unknown is excepted from what is normal ("normal apart from X"); the view's faults are no such thing."""
+    kinds = VOCABULARY["quality_words"]
+    of_view = {
+        word(w) for table in (kinds["subject"], kinds["aspect"], kinds["inverse"], *VOCABULARY["quality"].values()) for w in table
+    }
+    for at, span in enumerate(spans):
+        if "excepts" in span.kinds:
+            ahead = list(itertools.takewhile(lambda s: s.text not in (".", ";", ","), spans[at + 1 :]))
+            unknown = [s for s in ahead if s.text not in fillers() and s.text[0].isalnum()]
+            if 2 * sum(s.text in of_view for s in unknown) <= len(unknown) != 0:
+                return True
+    return False
 
 
 def _ends_phrase(spans: list[Span], span: Span) -> bool:
@@ -260,28 +314,6 @@ def read_actions(text: str) -> Meaning | None:
     if not found and any("action" in s.kinds and "no" in s.status for s in spans):
         found = {"no action"}
     return set_meaning("Q8", found) if found else None
-
-
-def read_free(text: str, question: str | None = None) -> Meaning | None:
-    """Any other question (VQA-RAD): yes or no, a number with its unit, else the words themselves, items in any order."""
-    lead = re.match(r"(yes|no)\b", text)
-    set_off = re.match(r"(yes|no)\s*(?:$|[.,;:!])", text)
-    if lead and (set_off if question is None else set_off or _is_yes_no(clean(question))):
-        return single(lead[0])
-    plain = sizes(digits(text))
-    numbers = tuple(found.value for found in quantities(plain))
-    for found in reversed(quantities(plain)):
-        plain = f"{plain[: found.start]} {found.value} {plain[found.end :]}"
-    words = re.sub(rf"\b(?:the|a|an|{'|'.join(map(re.escape, AGE['approximate']))})\b|~", " ", plain)
-    items = sorted({" ".join(item.strip(" .!?'\"").split()) for item in re.split(r"[,;]|\band\b(?=.*,|$)", words)} - {""})
-    key = ", ".join(items)
-    return Meaning(key, frozenset((key,)), values=numbers) if key else None
-
-
-def _is_yes_no(question: str) -> bool:
-    """Whether a question asks for yes or no: it begins with an auxiliary and offers no choice."""
-    auxiliary = r"(?:is|are|was|were|do|does|did|has|have|can|could|would|will|should|any)\b"
-    return bool(re.match(auxiliary, question)) and " or " not in question
 
 
 READERS: dict[str, Callable[[str], Meaning | None]] = {

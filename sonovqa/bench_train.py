@@ -5,7 +5,8 @@
     python -m sonovqa.bench train --data data/bench --model /tmp/qwen3-vl-8b --size 800x600 --batching shared --end-to-end
 
 Raw steps are forward, backward and update on batches made beforehand. End to end is train.py itself, its data loading
-included, against the peers' way: Unsloth and TRL with a chat sample a question (`sonovqa.bench_peers`).
+included, against the peers' way: Unsloth and TRL with a chat sample a question (`sonovqa.bench_peers`). With ``--processes 1 2``
+train.py also runs under torchrun, on a GPU each; a row of several has the ratio to one process with the same batch a process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sonovqa.cli import UserError, console
 
 GPU_SETTINGS, CPU_SETTINGS = ("2 gc", "8 gc", "16 gc", "8 none"), ("8 none",)
 #: What tells rows of a record apart.
-KEY = ("kind", "model", "size", "pairs", "batching", "way", "setting")
+KEY = ("kind", "model", "size", "pairs", "batching", "way", "setting", "processes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--peer-settings", nargs="*", metavar="'8 gc'",
                       help="samples a micro-batch and checkpointing: gc (Unsloth's), plain-gc or none, perhaps padding-free "
                       "(unset: several on a GPU, '8 none' elsewhere)")  # fmt: skip
+    what.add_argument("--processes", nargs="+", type=int, default=[1],
+                      help="end to end: numbers of GPUs, or of processes on a CPU, each with --pairs a step")  # fmt: skip
     how = parser.add_argument_group("how")
     how.add_argument("--steps", type=int, default=5, help="timed optimiser steps")
     how.add_argument("--warmup", type=int, default=3, help="steps before them, where kernels compile")
@@ -97,8 +100,8 @@ def check(args: argparse.Namespace) -> None:
     if not (args.data / "dataset.json").exists():
         problems.append(f"--data {args.data}; no data set there; a folder that prepare_dataset.py wrote is needed; "
                         f"run `python prepare_dataset.py phantoms --images 400 --out {args.data}`")  # fmt: skip
-    for name in ("pairs", "steps", "warmup", "prepared", "micro", "rank"):
-        value = min(args.pairs) if name == "pairs" else getattr(args, name)
+    for name in ("pairs", "steps", "warmup", "prepared", "micro", "rank", "processes"):
+        value = min(getattr(args, name)) if name in ("pairs", "processes") else getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}; must be 1 or more")
     if not args.end_to_end and args.warmup < args.prepared:
@@ -134,9 +137,11 @@ def end_to_end(args: argparse.Namespace, model: str, n: int) -> None:
     for size in args.size:
         for pairs in args.pairs:
             images = bench_steps.images_of(pairs, n) * (args.warmup + args.steps)
-            bench_steps.drawn(bench_steps.like_rows(args.data)[0], images, args.data, args.seed)  # are there enough?
+            most = images * max(args.processes)
+            bench_steps.drawn(bench_steps.like_rows(args.data)[0], most, args.data, args.seed)  # are there enough?
             for batching in args.batching:
-                train(args, model, size, pairs, images, n, batching)
+                for processes in args.processes:
+                    train(args, model, size, pairs, images, n, batching, processes)
             for setting in args.settings:
                 work = bench_peers.Work(
                     args.record, args.data, model, size, pairs, images, setting, args.warmup, args.steps, args.bits, args.rank,
@@ -146,8 +151,16 @@ def end_to_end(args: argparse.Namespace, model: str, n: int) -> None:
                     bench_steps.in_process(bench_peers.measure, work)
 
 
-def train(args: argparse.Namespace, model: str, size: tuple[int, int], pairs: int, images: int, n: int, batching: str) -> None:
+def train(
+    args: argparse.Namespace, model: str, size: tuple[int, int], pairs: int, images: int, n: int, batching: str, processes: int
+) -> None:
     """Run train.py on as many images and add what its run.json says of the steps after the warm-up.
+
+    Args:
+        args, model, size: the arguments, and what is measured of them.
+        pairs, images: QA pairs a step and images in all, of each process.
+        n: questions an image.
+        batching, processes: of train.py.
 
     Raises:
         UserError: if it ended badly; it has said why.
@@ -155,15 +168,19 @@ def train(args: argparse.Namespace, model: str, size: tuple[int, int], pairs: in
     step = pairs if batching == "separate" else pairs // n
     micro = min((args.micro or step) * (n if batching == "separate" and args.micro else 1), step)
     setting = f"{micro} x {step // micro}{'' if args.checkpointing else ' none'}"
-    row = {"kind": "end to end", "model": Path(model).name, "size": f"{size[0]}x{size[1]}", "pairs": pairs,
+    row = {"kind": "end to end", "model": Path(model).name, "size": f"{size[0]}x{size[1]}", "pairs": pairs * processes,
            "batching": batching, "way": f"train.py, {batching}", "setting": setting}  # fmt: skip
+    if processes > 1:
+        row |= {"way": f"{row['way']}, {processes} processes", "processes": processes}
     if not is_new(args.record, row):
         return
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        words = [sys.executable, records.ROOT / "train.py", "--data", args.data, "--model", model, "--outputs", folder]
-        words += ["--run", "bench", "--batching", batching, "--batch", micro, "--accumulate", step // micro, "--log-every", 1]
-        words += ["--steps", args.warmup + args.steps, "--eval-every", args.warmup + args.steps, "--max-images", images]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        words = [sys.executable, *launcher, records.ROOT / "train.py", "--data", args.data, "--model", model]
+        words += ["--outputs", folder, "--run-name", "bench", "--batching", batching, "--batch", micro]
+        words += ["--accumulate", step // micro, "--log-every", 1, "--steps", args.warmup + args.steps]
+        words += ["--eval-every", args.warmup + args.steps, "--max-images", images * processes]
         words += ["--max-pixels", pixels(model, size), "--bits", args.bits, "--rank", args.rank, "--seed", args.seed]
         words += ["--workers", args.workers, "--checkpointing" if args.checkpointing else "--no-checkpointing"]
         words += ["--lr", bench_steps.LEARNING_RATE, "--report-to", "none", "--no-merge"]
@@ -172,7 +189,7 @@ def train(args: argparse.Namespace, model: str, size: tuple[int, int], pairs: in
             raise UserError(f"train.py ended with status {done.returncode}, see above; rows measured are in {args.record}; "
                             "the same command goes on after them")  # fmt: skip
         made = files.read_json(Path(folder) / "bench" / "run.json")
-    row |= of_run(made, args.warmup, pairs) | {"wall_seconds": round(time.perf_counter() - started, 1)}
+    row |= of_run(made, args.warmup, pairs * processes) | {"wall_seconds": round(time.perf_counter() - started, 1)}
     bench_records.add(args.record, row)
     bench_steps.say(row)
 
@@ -206,7 +223,8 @@ def key_of(row: dict) -> tuple:
 
 def compared(rows: list[dict]) -> list[dict]:
     """The rows, those of shared batching with ``ratio`` and ``against``: how many times the QA pairs a second of the fastest
-    other row of the same model, size and pairs a step, and which that is; end to end the peers' rows, where there are any."""
+    other row of the same model, size and pairs a step, and which that is; end to end the peers' rows, where there are any. Of
+    several processes the row of one that differs in nothing else."""
     return [row | _ratio(row, rows) for row in rows]
 
 
@@ -221,6 +239,10 @@ def columns_of(rows: list[dict]) -> bench_records.Columns:
 
 
 def _ratio(row: dict, rows: list[dict]) -> dict:
+    if processes := row.get("processes"):
+        alone = row | {"pairs": row["pairs"] // processes, "way": f"train.py, {row['batching']}", "processes": None}
+        one = next((other for other in rows if key_of(other) == key_of(alone) and "failed" not in other), None)
+        return {"ratio": round(row["pairs_per_second"] / one["pairs_per_second"], 3), "against": "1 process"} if one else {}
     alike = [other for other in rows if key_of(other)[:4] == key_of(row)[:4] and "failed" not in other and other is not row]
     others = [other for other in alike if "setting" in other and "batching" not in other] or alike
     if row.get("batching") != "shared" or "failed" in row or not others:

@@ -125,13 +125,12 @@ def test_end_to_end_the_peers_train_on_the_same_pairs(base, data, tmp_path):
     splits["train"] = splits["train"].filter(lambda row: len(row["questions"]) == 8)
     splits.save_to_disk(str(same))
     shutil.copy(data / "dataset.json", same)
-    assert (
-        bench.main(
-            words(same, base, record, "--pairs", "16", "--batching", "shared", "--end-to-end", "--peer-settings", "16 none")
-        )
-        == 0
-    )
-    ours, peers = bench_records.rows(record)
+    ways = ("--batching", "shared", "--end-to-end", "--peer-settings", "16 none", "--processes", "1", "2")
+    assert bench.main(words(same, base, record, "--pairs", "16", *ways)) == 0
+    ours, two, peers = bench_train.compared(bench_records.rows(record))
+    assert (two["processes"], two["pairs"], two["against"], "ratio" in ours) == (2, 32, "1 process", True)
+    assert two["pairs_per_second"] == pytest.approx(32 / two["median_seconds"], rel=0.01)
+    assert two["ratio"] == pytest.approx(two["pairs_per_second"] / ours["pairs_per_second"], abs=0.001)
     assert (ours["way"], ours["setting"], peers["way"], peers["setting"]) == (
         "train.py, shared",
         "2 x 1",

@@ -268,6 +268,7 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
         processing_class=processor.tokenizer if processor.image_processor is None else processor,
         callbacks=callbacks,
         gamma=args.focal,
+        mass=plans["train"].mass if args.balance == "loss" else None,
         data_collator=Collator(splits, encoder, args.task, args.prompts, augment),
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),

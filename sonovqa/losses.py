@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,17 @@ def answer_logits(model: torch.nn.Module, batch: dict[str, torch.Tensor], wrappe
         logits = (wrapped or model)(**inputs, use_cache=False).logits
     after = torch.roll(at, 1, dims=1)
     return logits, batch["labels"][after], batch["weights"][after]
+
+
+def divisor(weights: Sequence[torch.Tensor], mass: float | None = None) -> torch.Tensor:
+    """What the summed loss of an optimiser step is divided by.
+
+    Args:
+        weights: of its micro-batches, ``[R, L]`` each: a row a sequence, 0 at tokens that are not supervised.
+        mass: what a sequence with any weight weighs on average; ``None``: all weights are added up.
+    """
+    each = torch.cat([rows.sum(dim=1) for rows in weights]) if weights else torch.zeros(1)
+    return each.sum() if mass is None else (each > 0).sum() * mass
 
 
 def weighted_sum(logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ class Plan:
             several sequences. repeated: sequences that are repeats.
         prefix_tokens, branch_tokens, answer_tokens: tokens in all, each prefix counted once a sequence.
         classes: of a balanced question, see `weighting.class_table`.
+        mass: loss weights over all tokens of a sequence, the mean of those sequences that have any.
     """
 
     items: list[dict]
@@ -33,6 +34,7 @@ class Plan:
     branch_tokens: int
     answer_tokens: int
     classes: list[dict]
+    mass: float
 
     @property
     def tokens(self) -> int:
@@ -123,6 +125,7 @@ def _item(split: str, number: int, row: _Row, group: list[int], weights: dict[in
 
 def _counted(items: list[dict], rows: list[_Row], dealt: int, repeated: int, classes: list[dict]) -> Plan:
     chosen = [(rows[item["row"]], k) for item in items for k in item["branches"]]
+    masses = [_mass(rows[item["row"]], item) for item in items]
     return Plan(
         items=items,
         questions=len(chosen),
@@ -132,7 +135,13 @@ def _counted(items: list[dict], rows: list[_Row], dealt: int, repeated: int, cla
         branch_tokens=sum(row.branches[k][1] for row, k in chosen),
         answer_tokens=sum(row.branches[k][0].tokens for row, k in chosen),
         classes=classes,
+        mass=sum(masses) / max(1, sum(mass > 0 for mass in masses)),
     )
+
+
+def _mass(row: _Row, item: dict) -> float:
+    pairs = zip(item["branches"], item["weights"], strict=True)
+    return sum(weight * row.branches[k][0].tokens for k, weight in pairs)
 
 
 def show(args, base: str, loaded, model, plans: dict[str, Plan], head=None) -> None:

@@ -90,18 +90,21 @@ class SharedImageTrainer(SFTTrainer):
 
     Args:
         gamma: of focal loss in training, 0 for none; the validation loss is never focal.
+        mass: with class weights, `planning.Plan.mass`: a step's loss is then divided by what its sequences weigh on average and
+            not by what they weigh, or a step without the rare class would give its common answers a weight they should not
+            have; ``None``: by what they weigh, as separate samples.
 
     Logged with each loss: ``step_seconds`` of the steps since the last log line, validation and saving left out, and what of
     it the training waited for the next batches, ``data_wait_seconds``.
     """
 
-    def __init__(self, *args, gamma: float = 0.0, **kwargs):
+    def __init__(self, *args, gamma: float = 0.0, mass: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         # TRL takes nothing but a `datasets.Dataset`.
         self.train_dataset = Sequences(self.train_dataset)
         self.eval_dataset = self.eval_dataset and Sequences(self.eval_dataset)
         self.model_accepts_loss_kwargs = True  # else the trainer divides by the accumulation steps a second time
-        self._gamma = gamma
+        self._gamma, self._mass = gamma, mass
         self._began = time.perf_counter()
         self._spent = {"step_seconds": 0.0, "data_wait_seconds": 0.0}
 
@@ -117,11 +120,11 @@ class SharedImageTrainer(SFTTrainer):
         return Draws(len(sequences), seed, together=batch * processes if processes > 1 else 1)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of one optimiser step, and the sum of their loss weights over all processes."""
+        """The micro-batches of one optimiser step, and what their loss is divided by: their weights over all processes."""
         self._began = time.perf_counter()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         self._spent["data_wait_seconds"] += time.perf_counter() - self._began
-        total = sum((batch["weights"].sum() for batch in batches), torch.zeros(()))
+        total = losses.divisor([batch["weights"] for batch in batches], self._mass)
         weight = self.accelerator.reduce(total.to(device), "sum")
         # Question weights of 0 can leave a step without any: its loss is then 0, not 0 / 0, which would end in NaN weights.
         return batches, weight.clamp_min(torch.finfo(weight.dtype).tiny)

@@ -215,3 +215,28 @@ def test_every_pass_draws_anew_and_augments_training_rows_only(small, splits):
     other = planned(splits, encoder).items[0] | {"draw": 0}
     kept = batching.Collator(splits, encoder, augmentation=Augmentation("advanced", 1))([other])["pixel_values"]
     assert torch.equal(kept, batching.Collator(splits, encoder)([other])["pixel_values"])
+
+
+def test_class_weights_have_the_share_of_the_loss_that_is_printed():
+    """Few steps hold the rare class; those without it must not make up for it with the common one."""
+    samples = [Sample(k, f"g{k}", "Q7", "abnormal" if k % 20 == 0 else "normal", 6 if k % 20 == 0 else 3) for k in range(400)]
+    weights = weighting.weigh(samples, Weighting(balance="loss"))
+    printed = {row["label"]: row["share"] for row in weighting.class_table(samples, weights, {}, "Q7")}
+    rows = torch.tensor([[weight] * s.tokens + [0.0] * (6 - s.tokens) for s, weight in zip(samples, weights, strict=True)])
+    mass = rows.sum(dim=1)
+    rare = torch.tensor([s.label == "abnormal" for s in samples])
+
+    def share(average):
+        steps = torch.randperm(400, generator=torch.Generator().manual_seed(0)).split(4)
+        parts = [mass[step] / losses.divisor([rows[step[:2]], rows[step[2:]]], average) for step in steps]
+        drawn = torch.cat(list(steps))
+        return float(torch.cat(parts)[rare[drawn]].sum() / torch.cat(parts).sum())
+
+    assert share(float(mass.mean())) == pytest.approx(printed["abnormal"], rel=1e-5)
+    assert share(None) < 0.75 * printed["abnormal"], "why it is not the step's own weights"
+
+
+def test_a_plan_knows_what_its_sequences_weigh(small, splits):
+    _, encoder = small
+    plan = planning.plan_split(splits["train"], "train", encoder, "Q7", "default", True, 4096)
+    assert plan.mass * len(plan.items) == pytest.approx(plan.answer_tokens)

@@ -71,6 +71,16 @@ def test_prompts_are_those_of_the_one_builder_image_first_and_nothing_can_be_fet
     assert len(urls) == 9 and all(url.startswith("data:image/png;base64,") for url in urls)
 
 
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [(["a", "b"], "A conversation is"), (["a"] * 27, "At most 24 texts go along"), (["x" * 9000], "A question has at most 8000"),
+     (["a", "x" * 9000, "b"], "Of what was said before")],
+)  # fmt: skip
+def test_each_limit_of_a_conversation_has_words_of_its_own(turns, words):
+    with pytest.raises(page_guard.Refusal, match=words):
+        page_app.checked_turns(turns)
+
+
 def test_a_server_that_tells_no_probabilities_leaves_the_confidence_open(tmp_path):
     with client(tmp_path, lambda prompt, attempt: "normal") as browser:
         last = ask(browser, image=upload(browser), question="Q7")[-1]

@@ -154,7 +154,7 @@ def test_what_was_asked_and_what_a_percentage_means_can_be_read_without_a_mouse(
         give(tab)
         answered(tab)
         assert "What" in tab.locator("#Q2 .prompt").inner_text() and tab.locator("[title]").count() == 0
-        assert tab.locator("#Q1 .of").inner_text() == "90 % is the probability of this wording."
+        assert tab.locator("#Q1 .of").inner_text() == "The percentage is the probability of this wording."
         assert tab.locator("#Q7 .of").inner_text().endswith("is the probability of this label.")
         tab.set_viewport_size({"width": 390, "height": 844})
         tab.click("summary")

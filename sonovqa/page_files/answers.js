@@ -57,7 +57,7 @@ export class Card {
     this.find(".bar").hidden = !known;
     if (known) this.find(".bar span").style.width = `${Math.round(100 * event.confidence)}%`;
     this.find(".percent").textContent = known ? percent(event.confidence) : event.weighing ? "weighing …" : "confidence not told";
-    this.find(".of").textContent = `${this.find(".percent").textContent} is the probability of ${event.of}.`;
+    this.find(".of").textContent = `The percentage is the probability of ${event.of}.`;
     this.find(".of").hidden = !known || !event.of;
     const others = (event.labels ?? []).slice(1).filter(([, p]) => p >= 0.01);
     this.find(".also").textContent = `Otherwise: ${others.map(([name, p]) => `${name} (${percent(p)})`).join(", ")}`;

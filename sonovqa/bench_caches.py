@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
-from sonovqa import credentials, files
+from sonovqa import credentials, endpoint_cost, files
 from sonovqa.endpoint import KEY_NAMES, Endpoint
 
 BOTH, IMAGE, NONE = KEPT = ("both", "image", "none")
@@ -100,11 +100,11 @@ def hit_rates(before: dict[str, float], after: dict[str, float]) -> dict[str, fl
 
 
 def _get(url: str, path: str, keys: Sequence[str]) -> str:
-    """A page beside ``/v1``; empty if there is none."""
-    key = credentials.key(*keys)
+    """A page beside ``/v1``; empty if there is none. As with `Endpoint`, no proxy is on the way to this machine."""
+    key, direct = credentials.key(*keys), [] if endpoint_cost.is_elsewhere(url) else [urllib.request.ProxyHandler({})]
     try:
         asked = urllib.request.Request(url.removesuffix("/v1") + path, headers={"Authorization": f"Bearer {key}"} if key else {})
-        with urllib.request.urlopen(asked, timeout=10) as response:
+        with urllib.request.build_opener(*direct).open(asked, timeout=10) as response:
             return response.read().decode(errors="replace")
     except (urllib.error.URLError, OSError, ValueError):
         return ""

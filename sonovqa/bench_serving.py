@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import serving, serving_plan
+from sonovqa import serving, serving_plan, serving_signals
 
 SAMPLE_SECONDS = 1.0  # between two looks at a server's memory; summing its pages costs CPU time that it needs itself
 _STATED = re.compile(r"Model loading took ([\d.]+) GiB")
@@ -51,7 +51,7 @@ def served(run: Path, lora: bool, log: Path, flags: tuple[str, ...] = (), wait: 
     """
     plan = serving_plan.make_plan(run, lora, port=free_port(), extra=flags)
     plan = dataclasses.replace(plan, log=log)
-    with serving.stopping_on_signals(), serving.Server(plan) as server, TreeMemory(server.process.pid) as memory:
+    with serving_signals.stopping_on_signals(), serving.Server(plan) as server, TreeMemory(server.process.pid) as memory:
         yield Served(plan.name, plan.url, server.wait_until_healthy(wait), memory, log)
 
 

@@ -117,14 +117,23 @@ def messages(image, prompt: str, context: str | None = None, answer: str | None 
     return turns
 
 
-def openai_messages(image: bytes, prompt: str, context: str | None = None, mime: str = "image/png") -> list[dict]:
-    """The same messages for an OpenAI-compatible endpoint; ``image`` holds an encoded file's bytes, sent as a data URL."""
+def data_url(image: bytes, mime: str = "image/png") -> str:
+    """An encoded file's bytes as an OpenAI-compatible endpoint takes them within a message."""
+    return f"data:{mime};base64,{base64.b64encode(image).decode()}"
+
+
+def openai_messages(image: bytes, prompt: str, context: str | None = None, mime: str = "image/png",
+                    url: str | None = None) -> list[dict]:  # fmt: skip
+    """The same messages for an OpenAI-compatible endpoint; ``image`` holds an encoded file's bytes, sent as a data URL.
+
+    Args:
+        url: `data_url` of ``image`` where it is at hand already: requests at the same time then share one text.
+    """
     if context and _PIXEL_SIZE.search(context):
         context = context_for(context, images.size_of(image))
     turns = messages(None, prompt, context)
     turns[0]["content"] = SYSTEM_TEXT  # some servers refuse a list here; templates render both alike
-    url = f"data:{mime};base64,{base64.b64encode(image).decode()}"
-    turns[1]["content"][0] = {"type": "image_url", "image_url": {"url": url}}
+    turns[1]["content"][0] = {"type": "image_url", "image_url": {"url": url or data_url(image, mime)}}
     return turns
 
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from sonovqa import chat, credentials, endpoint_likelihoods
+from sonovqa import chat, credentials, endpoint_cost, endpoint_likelihoods
 from sonovqa.cli import UserError
 from sonovqa.endpoint_dialect import Dialect
 from sonovqa.endpoint_faults import IncompleteError, check_finished, in_words, may_pass
@@ -233,8 +233,11 @@ class Endpoint:
 
         seconds = timeout or self.timeout
         limits = openai.Timeout(seconds, connect=min(seconds, 10.0))
+        own = openai.DefaultHttpxClient if kind is openai.OpenAI else openai.DefaultAsyncHttpxClient
+        # A proxy named in the environment is not on the way to this machine: it would get images and key in clear text.
+        through = own(trust_env=endpoint_cost.is_elsewhere(self.base_url))
         # Retries are counted here. The key is never None: the client would then look for one in places of its own.
-        return kind(base_url=self.base_url, api_key=self._key() or "none", max_retries=0, timeout=limits)
+        return kind(base_url=self.base_url, api_key=self._key() or "none", max_retries=0, timeout=limits, http_client=through)
 
     def _pause(self, attempt: int, fault: Exception) -> float:
         """Seconds before the next try: exponential with jitter, or longer where the server's Retry-After says so."""

@@ -203,7 +203,7 @@ class PageEndpoint(Endpoint):
 
 def messages_of(image: Upload, turns: Sequence[str], context: str | None) -> list[dict]:
     """A conversation about an image, by the one prompt builder: image first."""
-    return chat.openai_messages(image.seen, turns[0], context, image.mime) + followed(list(turns))
+    return chat.openai_messages(image.seen, turns[0], context, image.mime, image.url) + followed(list(turns))
 
 
 def ended(said: Said) -> Event:

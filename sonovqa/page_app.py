@@ -20,6 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from sonovqa import chat, cli, page_guard, page_marks
+from sonovqa.conversation import LONGEST_HISTORY
 from sonovqa.page_answers import Event, PageEndpoint
 from sonovqa.page_guard import Gate, Guard, Refusal, Sessions, read_body
 from sonovqa.page_marks import MarksSheet
@@ -32,7 +33,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "[::1]")  # names a browser may reach the 
 
 LARGEST_JSON = 512 << 10  # bytes; a conversation, or eight answers with corrections
 LARGEST_KEY, KEY_SECONDS = 4096, 5.0  # bytes of the request that brings a key, and until it must be whole
-LONGEST_TURN, MOST_TURNS, LONGEST_CONTEXT = 8000, 200, 200  # characters, texts, characters
+LONGEST_TURN, LATEST_TURNS, LONGEST_CONTEXT = 8000, 2 * LONGEST_HISTORY, 200  # characters, texts before a question, characters
 WRONG_KEY_PAUSE = 1.0  # seconds
 
 
@@ -152,6 +153,7 @@ class Page:
         told = {
             "problem": problem, "model": self.endpoint.model, "notice": cli.RESEARCH_NOTICE, "categories": CATEGORIES,
             "unsure_below": self.settings.unsure_below, "largest_file": self.settings.largest_file,
+            "latest_turns": LATEST_TURNS, "longest_turn": LONGEST_TURN,
             "questions": [[q.id, q.title, chat.prompt_for(q.id, "", self.endpoint.variant)] for q in QUESTIONS.values()],
         }  # fmt: skip
         return JSONResponse(told)
@@ -220,7 +222,12 @@ def text_of(told: Mapping, name: str, most: int) -> str:
 
 def checked_turns(turns) -> list[str]:
     """A conversation: question, answer, …, question. Raises `Refusal` (400) if it is none, or too long."""
-    fits = isinstance(turns, list) and len(turns) % 2 == 1 and len(turns) <= MOST_TURNS
-    if not fits or not all(isinstance(turn, str) and turn.strip() and len(turn) <= LONGEST_TURN for turn in turns):
-        raise Refusal(400, f"A question is a text of 1 to {LONGEST_TURN} characters.")
+    if not isinstance(turns, list) or len(turns) % 2 == 0 or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+        raise Refusal(400, "A conversation is question, answer, …, question, each a text.")
+    if len(turns) > LATEST_TURNS + 1:
+        raise Refusal(400, f"At most {LATEST_TURNS} texts go along with a question; send the latest.")
+    if len(turns[-1]) > LONGEST_TURN:
+        raise Refusal(400, f"A question has at most {LONGEST_TURN} characters. Ask a shorter one.")
+    if max(map(len, turns)) > LONGEST_TURN:
+        raise Refusal(400, f"Of what was said before at most {LONGEST_TURN} characters a text go along. Choose the image again.")
     return turns

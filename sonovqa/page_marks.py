@@ -178,10 +178,14 @@ def marks_of(told: Mapping) -> list[Mark]:
         known = question_id in QUESTIONS and isinstance(mark, Mapping) and mark.get("verdict") in ("right", "wrong")
         texts = (mark.get("answer"), mark.get("correction", "")) if known else ()
         confidence = mark.get("confidence") if known else None
-        if not known or not all(isinstance(text, str) and len(text) <= LONGEST_TEXT for text in texts):
-            raise Refusal(400, f"A mark is right or wrong, with a correction of at most {LONGEST_TEXT} characters.")
-        if isinstance(confidence, bool) or not isinstance(confidence, int | float | None):
-            raise Refusal(400, "A confidence is a number.")
+        if not known or not all(isinstance(text, str) for text in texts):
+            raise Refusal(400, "A mark says of an answer to Q1 … Q8 that it is right or wrong, and what is right instead.")
+        for what, text in zip(("An answer that is marked", "A correction"), texts, strict=True):
+            if len(text) > LONGEST_TEXT:
+                raise Refusal(400, f"{what} has at most {LONGEST_TEXT} characters, that of {question_id} has {len(text)}.")
+        is_number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
+        if confidence is not None and not (is_number and 0 <= confidence <= 1):
+            raise Refusal(400, "A confidence is a number from 0 to 1.")
         made.append(Mark(question_id, texts[0].strip(), mark["verdict"] == "right", texts[1].strip(), confidence))
     if not made:
         raise Refusal(400, "Nothing is marked yet: mark an answer right or wrong, then save.")

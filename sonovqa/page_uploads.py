@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import io
 import secrets
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from sonovqa import images
+from sonovqa import chat, images
 from sonovqa.page_guard import Refusal
 
 DECODERS = 2  # images decoded at a time: each may take 200 MB (`images.LARGEST_AREA`)
@@ -36,10 +37,15 @@ class Upload:
     width: int
     height: int
 
+    @functools.cached_property
+    def url(self) -> str:
+        """``seen`` as a data URL, made at the first question: all questions about the image, of all readers, share it."""
+        return chat.data_url(self.seen, self.mime)
+
     @property
     def size(self) -> int:
-        """Bytes held."""
-        return len(self.data) + (0 if self.seen is self.data else len(self.seen))
+        """Bytes held, once it was asked about."""
+        return len(self.data) + (0 if self.seen is self.data else len(self.seen)) + -(-len(self.seen) // 3) * 4
 
 
 class Shelf:

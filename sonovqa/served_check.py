@@ -113,12 +113,12 @@ def check(url: str, name: str, run: Path) -> Agreement | str:
     Raises:
         UserError: if a question got no answer.
     """
-    expected = (files.read_json(run / "merge.json") if (run / "merge.json").exists() else {}).get("answers")
-    if not expected:
-        return f"{run} holds no answers of its merge check; python -m sonovqa.merging {run} writes them"
-    trained = files.read_json(run / "plan.json")
-    folder = Path(trained["arguments"]["data"])
     try:
+        expected = read(run / "merge.json").get("answers") if (run / "merge.json").exists() else None
+        if not expected:
+            return f"{run} holds no answers of its merge check; python -m sonovqa.merging {run} writes them"
+        trained = read(run / "plan.json", "arguments", "data", "check_items", "prompt_variant")
+        folder = Path(trained["arguments"]["data"])
         if dataset.about(folder)["fingerprint"] != trained["data"]:
             return f"its check rows cannot be asked; {folder} is another data set by now; prepare the one it was trained on"
         requests = check_requests(trained)
@@ -127,6 +127,18 @@ def check(url: str, name: str, run: Path) -> Agreement | str:
     head = choice.of_run(trained)
     engine = ChoiceEndpoint(url, name, head=head, retries=2) if head else Endpoint(url, name, retries=2)
     return compare(expected, answers_of(engine, requests))
+
+
+def read(path: Path, *fields: str) -> dict:
+    """A record of a run. Raises ``OSError``, or `UserError` if it is no JSON object with these fields."""
+    try:
+        found = files.read_json(path)
+    except ValueError as fault:  # no JSON, or no text
+        raise UserError(f"{path} is broken: {fault}; bring the whole run's folder here again") from None
+    lacking = "an object" if not isinstance(found, dict) else next((name for name in fields if name not in found), None)
+    if lacking:
+        raise UserError(f"{path} is broken: {lacking} is missing; bring the whole run's folder here again")
+    return found
 
 
 def warm_up(url: str, name: str) -> float:

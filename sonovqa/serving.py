@@ -26,7 +26,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -36,10 +35,9 @@ from urllib.parse import urlsplit
 from sonovqa import choosing, cli, served_check, serving_adapters, serving_examples, serving_plan, text_only
 from sonovqa.cli import UserError, console
 from sonovqa.serving_plan import Plan
+from sonovqa.serving_signals import HURRY, held_back, say, stopping_on_signals
 
 END_GRACE = 10  # seconds vLLM gets to end its processes once its requests are answered
-HURRY = threading.Event()  # set by a second signal: whoever sends it waits no longer
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, `kill`, a terminal or connection that closed
 #: Ends the server of a process that could not: the kernel closes its input however that process died (kill -9, out of memory).
 #: A dead process that nobody has waited for, as in containers without an init, has an id but no open files.
 KEEPER = """
@@ -126,7 +124,8 @@ def serve(plan: Plan, wait: float, then: str | None = None, check: bool = True) 
 
     Args:
         wait: most seconds until it must be healthy.
-        then: a shell command; ``None``: print how to ask the server and go on until one of `SIGNALS`.
+        then: a shell command; ``None``: print how to ask the server and go on until one of
+            `serving_signals.SIGNALS`.
         check: ask the rows of the merge check before it counts as ready.
 
     Returns:
@@ -205,6 +204,16 @@ class Server:
     def __enter__(self) -> Server:
         check_port(self.plan.host, self.plan.port)
         self.plan.log.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with held_back():
+                self._start()
+        except BaseException:  # a signal that was held back; or no keeper, for want of memory
+            if self.process:
+                self.__exit__()
+            raise
+        return self
+
+    def _start(self) -> None:
         with open(self.plan.log, "wb") as log:
             # A session of its own: Ctrl-C in the terminal reaches this process only, which then stops vLLM in order.
             self.process = subprocess.Popen(
@@ -215,7 +224,6 @@ class Server:
             ["/bin/sh", "-c", KEEPER, "keeper", str(self.process.pid), str(self.plan.grace + END_GRACE)], stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        return self
 
     def __exit__(self, *fault) -> None:
         """SIGTERM lets vLLM finish what it is answering; what is left of its processes after its grace is killed."""
@@ -231,9 +239,10 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self.keeper.kill()
-        self.keeper.wait()
-        self.keeper.stdin.close()
+        if self.keeper:
+            self.keeper.kill()
+            self.keeper.wait()
+            self.keeper.stdin.close()
 
     def wait_until_healthy(self, seconds: float) -> float:
         """Wait for ``/health``, showing how long and what vLLM says. Returns the seconds it took.
@@ -304,28 +313,6 @@ def last_words(log: Path) -> str:
     errors = [line.split(") ", 1)[-1] if line.startswith("(") else line for line in told]
     errors = [line for line in errors if line.split(":")[0].endswith(("Error", "Exception", "error"))]
     return (errors[0] if errors else told[-1])[:300]
-
-
-@contextlib.contextmanager
-def stopping_on_signals():
-    """Turn `SIGNALS` into an ordinary end with status 0: whoever starts a server stops it so."""
-
-    def stop(number, frame):
-        for each in SIGNALS:
-            signal.signal(each, lambda number, frame: HURRY.set())
-        say("stopping vLLM")
-        sys.exit(0)
-
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # `nohup ./serve.sh` goes on
-            signal.signal(number, stop)
-    yield
-
-
-def say(line: str) -> None:
-    """Print a line if there is still a terminal to write to: after SIGHUP there may be none."""
-    with contextlib.suppress(OSError):
-        console.print(line, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

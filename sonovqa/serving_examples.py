@@ -11,7 +11,7 @@ from sonovqa.serving_plan import Plan
 def greeting(plan: Plan) -> str:
     """A ``curl`` call, a Python call and the terminal conversation, each ready to be pasted."""
     return f"""{served_names(plan)}
-curl:
+curl, in bash:
 {curl_example(plan)}
 
 Python:
@@ -25,12 +25,13 @@ python inference.py --endpoint {plan.url} --endpoint-model {plan.name} --image i
 
 
 def curl_example(plan: Plan) -> str:
-    """A question about ``image.png`` with curl; the shell puts in image and key."""
+    """A question about ``image.png`` with curl, for bash: it puts in the image, and hands the key over in no command line."""
     messages = chat.openai_messages(b"", chat.prompt_for("Q7", ""))
     body = json.dumps({"model": plan.name, "messages": messages, "max_tokens": 128, "temperature": 0})
     body = body.replace("base64,", "base64,$(base64 < image.png | tr -d '\\n')")
     return f"""curl -sS {plan.url}/chat/completions -d @- \\
-  -H 'Content-Type: application/json' -H "Authorization: Bearer $VLLM_API_KEY" <<JSON
+  -H 'Content-Type: application/json' \\
+  -H @<(printf 'Authorization: Bearer %s' "$VLLM_API_KEY") <<JSON
 {body}
 JSON"""
 

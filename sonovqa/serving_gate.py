@@ -71,7 +71,7 @@ def refused(scope: dict, has_key: bool = True) -> tuple[int, str] | None:
         scope: an ASGI connection scope; of a body only the length its header tells is looked at.
         has_key: whether vLLM asks for a key; if not, Host must be a name of this machine's own.
     """
-    path = scope["path"]
+    path = scope["path"].removeprefix(scope.get("root_path", ""))  # as vLLM looks at it before it asks for the key
     if path in OPEN:
         names = []
     elif path.startswith(API):

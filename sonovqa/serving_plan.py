@@ -21,9 +21,21 @@ ROOT = Path(__file__).resolve().parents[1]
 #: Flags of vLLM that serve.sh sets itself: a second value could open a port without a key, show the key in `ps`, let adapters
 #: in that nothing has looked at, or kill vLLM while it answers.
 OURS = (
-    "--host", "--port", "--api-key", "--model", "--served-model-name", "--config", "--enable-lora", "--lora-modules",
+    "--host", "--port", "--model", "--served-model-name", "--config", "--enable-lora", "--lora-modules",
     "--no-enable-tower-connector-lora", "--shutdown-timeout",
 )  # fmt: skip
+_TLS = "put a proxy with TLS before it, see docs/serving.md"
+#: Flags of vLLM that would undo a guard or cut serve.sh off from its own server: what they do, and the way out.
+REFUSED = {
+    "--api-key": ("it would show in every process list", "set it in the environment: export VLLM_API_KEY=…"),
+    "--grpc-port": ("it opens a second port that asks nobody for a key", "leave it out"),
+    "--root-path": ("under some prefixes vLLM no longer asks for its key", "have the proxy take its prefix off the path"),
+    "--ssl-certfile": ("the server is asked without TLS on this machine", _TLS),
+    "--ssl-keyfile": ("the server is asked without TLS on this machine", _TLS),
+    "--uds": ("the server is asked on a port of this machine", "leave it out; have a proxy listen on the socket"),
+    "--trust-remote-code": ("it runs whatever program lies beside the weights", "serve a family that vLLM knows by itself"),
+    "--allowed-origins": ("any page open in a browser there could ask", "put a proxy before it that serves page and API"),
+}
 TEXT_ROOM = 3072  # tokens beside the image: system text, a conversation's history and the answer
 UNKNOWN_IMAGE = 4096  # tokens granted an image where the processor's files do not say how many it may take
 GRACE = 20  # seconds that requests in flight have to finish when the server is stopped
@@ -273,13 +285,14 @@ def check_extra(extra: tuple[str, ...]) -> None:
                         "write -- --flag value, see ./serve.sh --help")  # fmt: skip
     for word in extra:
         flag = word.split("=")[0].replace("_", "-")
-        if flag == "--api-key":
-            raise UserError("--api-key would show in every process list; set it in the environment: export VLLM_API_KEY=…")
-        if flag == "--grpc-port":
-            raise UserError("--grpc-port after --; it opens a second port that asks nobody for a key; leave it out")
-        taken = [ours for ours in OURS if flag == ours or (len(flag) > 3 and ours.startswith(flag))]
-        if flag.startswith("--") and taken:
-            raise UserError(f"{word} after --; serve.sh sets {taken[0]} itself; give it before the --, see ./serve.sh --help")
+        if not flag.startswith("--"):
+            continue
+        meant = [known for known in (*REFUSED, *OURS) if flag == known or (len(flag) > 3 and known.startswith(flag))]
+        if meant and meant[0] in REFUSED:
+            why, way_out = REFUSED[meant[0]]
+            raise UserError(f"{meant[0]} after --; {why}; {way_out}")
+        if meant:
+            raise UserError(f"{word} after --; serve.sh sets {meant[0]} itself; give it before the --, see ./serve.sh --help")
 
 
 def is_loopback(host: str) -> bool:

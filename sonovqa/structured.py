@@ -206,12 +206,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_schema(path: Path) -> dict:
-    """A JSON schema from a file. Raises `UserError` if it is not there or is none."""
+    """A JSON schema from a file. Raises `UserError` if it is not there, is none, or one that asks nothing of the answer."""
     import jsonschema
 
     try:
         schema = json.loads(path.read_text(encoding="utf-8"))
         jsonschema.Draft202012Validator.check_schema(schema)
+        if not isinstance(schema, dict) or not schema:
+            raise ValueError(f"{json.dumps(schema)} says nothing of the answer; a JSON object with fields is needed")
     except (OSError, ValueError, jsonschema.SchemaError) as fault:
         raise UserError(f"--schema; {path} is no JSON schema: {str(fault).splitlines()[0][:150]}; such as the schema that "
                         "`python -m sonovqa.structured request report` prints") from None  # fmt: skip

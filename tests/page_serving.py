@@ -33,6 +33,9 @@ FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 )  # fmt: skip
+#: Buttons that a finger would miss. Source: 44 pixels, WCAG 2.2, success criterion 2.5.5.
+SMALL = """() => [...document.querySelectorAll("button, .button, summary, input:not(.unseen), select, textarea")]
+  .filter((node) => node.offsetHeight && node.offsetHeight < 44).map((node) => node.outerHTML)"""
 
 
 def png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:

@@ -4,15 +4,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
 import json
+import threading
 
 import pytest
 from evaluating import data, no_report  # noqa: F401 - fixtures
 from keys_and_ports import no_keys  # noqa: F401 - a fixture
+from page_serving import png
 from stand_in import StandIn, complete, send
 
 import evaluate
-from sonovqa import chat, choosing, endpoint_cost, files
+from sonovqa import bench_caches, chat, choosing, endpoint_cost, files
 from sonovqa.asking import Item
 from sonovqa.choice import Head, Label
 from sonovqa.cli import UserError
@@ -181,3 +185,37 @@ def test_head_names_a_choice_run_and_goes_with_an_endpoint(data, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"arguments": {}, "head": HEAD.json()}))
     note = choosing.serving_note(tmp_path / "merged")
     assert f"--head {tmp_path}" in note and '"allowed_token_ids": [11, 22]' in note and '"ab": 22' in note
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "vllm.invalid"])
+def test_a_proxy_of_the_environment_gets_nothing_that_is_for_this_machine(monkeypatch, host):
+    """Only what is sent elsewhere goes through it: no key, no image and no look at /metrics on the way to loopback."""
+    seen = []
+
+    class Proxy(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append(self.path)
+            self.send_error(502)
+
+        do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    proxy = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("VLLM_API_KEY", "a-key-of-the-proxy-test")
+    with StandIn(key="a-key-of-the-proxy-test") as server:
+        url = server.url.replace("127.0.0.1", host)
+        asked = Endpoint(url, "run", retries=0)
+        with contextlib.suppress(UserError):
+            asked.check()
+        (reply,) = asked.answer([ImageRequest("a.png", png(), None, (("Q1", "p"),))], 8)
+        bench_caches.is_vllm(url)
+    proxy.shutdown()
+    proxy.server_close()
+    assert (not seen and reply.text == "answer to p") if host == "127.0.0.1" else len(seen) == 3

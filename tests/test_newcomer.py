@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,6 +19,8 @@ import pytest
 from conftest import ROOT
 from doc_blocks import blocks, commands
 from keys_and_ports import KEYS, free_port, no_keys  # noqa: F401 - a fixture
+
+from sonovqa import page
 
 (PATH,) = [commands(block.code) for block in blocks(ROOT / "docs" / "serving.md") if block.mark == "path"]
 SMALLER = {"--images 400": "--images 160", "--epochs 5": "--steps 24 --eval-every 12 --report-to none"}
@@ -68,6 +71,22 @@ def test_the_page_shows_five_commands_from_a_sheet_to_a_page():
         "python -m",
     )
     assert all(command.startswith(start) for command, start in zip(PATH, starts, strict=True))
+
+
+def test_what_comes_before_them_is_there_too(tmp_path):
+    """From nothing: clone, install and activate, as written but for where the repository is; make only unrolls its rule."""
+    clone, install = next(commands(b.code) for b in blocks(ROOT / "docs" / "serving.md") if b.mark == "set-up")
+    assert clone == "git clone REPOSITORY sonovqa && cd sonovqa"
+    made, activated = install.split(" && ")
+    assert activated == ". .venv/bin/activate"
+    done = subprocess.run([*made.split(), "--dry-run", "--always-make"], cwd=ROOT, capture_output=True, text=True)
+    assert "-m venv .venv" in done.stdout and "pip install" in done.stdout, done.stderr
+
+
+def test_the_page_command_of_the_readme_is_whole():
+    """A command within a sentence is in no block that a test runs."""
+    command = re.search(r"A page in the browser: `python -m sonovqa\.page ?([^`]*)`", (ROOT / "README.md").read_text())
+    assert page.parse(command[1].split()).endpoint == "http://127.0.0.1:8000/v1"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

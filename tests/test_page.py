@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from keys_and_ports import KEYS, free_port
-from page_serving import Running, opened, system_chromium  # noqa: F401 - a fixture
+from page_serving import SMALL, Running, opened, system_chromium  # noqa: F401 - a fixture
 from PIL import Image
 
 from sonovqa import chat, confidence, page_app, phantom_drawing, phantoms, sources, tiny
@@ -31,9 +31,6 @@ from sonovqa.questions import QUESTIONS
 KEY = "a-key-of-the-page-test"
 START_SECONDS = 400
 
-#: Buttons that a finger would miss. Source: 44 pixels, WCAG 2.2, success criterion 2.5.5.
-SMALL = """() => [...document.querySelectorAll("button, .button")]
-  .filter((node) => node.offsetHeight && node.offsetHeight < 44).map((node) => node.outerHTML)"""
 #: Inputs and buttons without a name that a screen reader could say.
 NAMELESS = """() => [...document.querySelectorAll("input, select, textarea, button")].filter((node) => {
   const label = node.labels?.length ? [...node.labels].map((each) => each.textContent).join("") : "";
@@ -226,3 +223,18 @@ def test_every_text_stands_out_from_its_ground():
     )
     for pair in [*pairs.split(), "red/paper", "green/green-pale", "ink/accent-pale"]:
         assert contrast(*(colour[name] for name in pair.split("/"))) >= 4.5, pair
+
+
+def test_no_rule_has_a_text_too_pale_for_the_ground_it_names_or_for_paper():
+    """Literal colours too. A rule that names no colour for its ground is taken to stand on paper."""
+    css = (page_app.FILES / "page.css").read_text()
+    colour = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{3,6});", css))
+    rules = re.findall(r"([^{}]+)\{([^{}]*)\}", re.sub(r"var\(--([a-z-]+)\)", lambda name: colour[name[1]], css))
+    checked = 0
+    for selector, body in rules:
+        text = re.search(r"(?:^|[\s;])color: (#[0-9a-f]{3,6})", body)
+        ground = re.search(r"background(?:-color)?: (#[0-9a-f]{3,6})", body)
+        if text:
+            checked += 1
+            assert contrast(text[1], ground[1] if ground else colour["paper"]) >= 4.5, selector.strip()
+    assert checked > 20

@@ -71,6 +71,29 @@ def test_prompts_are_those_of_the_one_builder_image_first_and_nothing_can_be_fet
     assert len(urls) == 9 and all(url.startswith("data:image/png;base64,") for url in urls)
 
 
+@pytest.mark.parametrize(
+    ("turns", "words"),
+    [(["a", "b"], "A conversation is"), (["a"] * 27, "At most 24 texts go along"), (["x" * 9000], "A question has at most 8000"),
+     (["a", "x" * 9000, "b"], "Of what was said before")],
+)  # fmt: skip
+def test_each_limit_of_a_conversation_has_words_of_its_own(turns, words):
+    with pytest.raises(page_guard.Refusal, match=words):
+        page_app.checked_turns(turns)
+
+
+def test_an_image_is_put_into_words_once_however_many_questions_wait(tmp_path, monkeypatch):
+    """Eight questions and some 40 wordings of labels: each with a text of its own would hold a large image fifty times."""
+    made, data_url = [], chat.data_url
+    monkeypatch.setattr(chat, "data_url", lambda *image: made.append(image) or data_url(*image))
+    with client(tmp_path) as browser:
+        name = upload(browser)
+        ask(browser, image=name)
+        ask(browser, image=name, turns=["And ? this"])
+        held = browser.page.shelf.held[name]
+        assert len(browser.behind.bodies) > 20 and len(made) == 1
+    assert held.size == len(held.data) + len(held.url.removeprefix("data:image/png;base64,"))
+
+
 def test_a_server_that_tells_no_probabilities_leaves_the_confidence_open(tmp_path):
     with client(tmp_path, lambda prompt, attempt: "normal") as browser:
         last = ask(browser, image=upload(browser), question="Q7")[-1]
@@ -208,7 +231,7 @@ def test_uploads_are_counted_before_and_while_they_come(tmp_path, monkeypatch):
 
 def test_images_held_are_bounded_and_one_no_longer_held_is_asked_for_again(tmp_path):
     async def fill() -> Shelf:
-        shelf = Shelf(2 * len(png(64, 48, 1)) + 100)
+        shelf = Shelf(2 * read(png(64, 48, 1)).size + 100)
         names = [(await shelf.add(png(64, 48, seed)))[0] for seed in range(5)]
         assert list(shelf.held) == names[-len(shelf.held) :] and len(shelf.held) == 2
         return shelf

@@ -175,7 +175,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, chromium):
         assert not list((tmp_path / "marks").rglob("*.*")) or [p.name for p in (tmp_path / "marks").rglob("*.*")] == [".lock"]
         assert tab.locator("#marked").inner_text() == "Not saved." and tab.locator("#save").is_enabled()
         tab.click("#save")
-        tab.locator("#marked").get_by_text("Saved: 1 marks; the sheet holds 1 image.").wait_for()
+        tab.locator("#marked").get_by_text("Saved: 1 mark; the sheet holds 1 image.").wait_for()
         assert tab.locator("#banner").is_hidden()
 
 
@@ -187,7 +187,7 @@ def test_marks_that_are_not_saved_are_not_lost_without_a_word(tmp_path, chromium
         told = []
         tab.once("dialog", lambda dialog: (told.append(dialog.message), dialog.dismiss()))
         give(tab, png(seed=1), "second.png")
-        assert told == ["1 marks on this image are not saved. Go on without them?"]
+        assert told == ["1 mark on this image is not saved. Go on without it?"]
         assert tab.locator("#caption").inner_text().startswith("scan.png")
         assert tab.locator("#Q7 .right").get_attribute("aria-pressed") == "true"
         tab.once("dialog", lambda dialog: dialog.accept())

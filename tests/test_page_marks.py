@@ -135,9 +135,20 @@ def test_marks_of_many_at_once_are_all_kept(tmp_path):
         {}, {"Q9": {"answer": "x", "verdict": "right"}}, {"Q1": {"answer": "x", "verdict": "maybe"}}, {"Q1": "right"},
         {"Q1": {"answer": 5, "verdict": "right"}}, {"Q1": {"verdict": "right"}},
         {"Q1": {"answer": "x", "verdict": "wrong", "correction": "y" * 9000}},
-        {"Q1": {"answer": "x", "verdict": "right", "confidence": "high"}},
+        *({"Q1": {"answer": "x", "verdict": "right", "confidence": c}} for c in ("high", True, -0.1, 10**400, float("nan"))),
     ],
 )  # fmt: skip
 def test_marks_of_another_form_are_refused(told):
-    with pytest.raises(Refusal):
+    with pytest.raises(Refusal) as refusal:
         marks_of(told)
+    assert refusal.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [({"answer": "x" * 9000}, "An answer that is marked has at most 8000"),
+     ({"answer": "x", "correction": "y" * 9000}, "A correction has at most 8000")],
+)  # fmt: skip
+def test_each_limit_of_a_mark_has_words_of_its_own(mark, words):
+    with pytest.raises(Refusal, match=words):
+        marks_of({"Q1": {"verdict": "wrong", **mark}})

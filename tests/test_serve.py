@@ -145,6 +145,30 @@ def test_signals_stop_server_and_children(tmp_path, number, healthy):
     assert gone(int((tmp_path / "child").read_text()))
 
 
+@pytest.mark.parametrize("keeper", ["a signal comes before it", "it cannot be started"])
+def test_nothing_is_left_of_a_start_that_is_broken_off(tmp_path, monkeypatch, keeper):
+    """Between vLLM and its keeper nobody would stop vLLM: a signal waits until both are there."""
+    popen, started = subprocess.Popen, []
+
+    def starting(words, **options):
+        if started and keeper == "it cannot be started":
+            raise OSError("Cannot allocate memory")
+        started.append(popen(words, **options))
+        if len(started) == 1 and keeper == "a signal comes before it":
+            signal.raise_signal(signal.SIGINT)
+        return started[-1]
+
+    monkeypatch.setattr(serving.subprocess, "Popen", starting)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises((KeyboardInterrupt, OSError)), serving.Server(fake_plan(tmp_path)):
+            pass
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert all(process.poll() is not None for process in started)
+    assert len(started) == (2 if keeper == "a signal comes before it" else 1)
+
+
 def test_a_killed_process_takes_its_server_with_it(tmp_path):
     """Nobody can handle SIGKILL; the out-of-memory killer sends it too."""
     plan = fake_plan(tmp_path)

@@ -90,6 +90,11 @@ def test_a_few_other_answers_are_remarked_on(run, capsys):
         (lambda run: (run / "merge.json").unlink(), "holds no answers of its merge check; python -m sonovqa.merging"),
         (lambda run: change(run, data="another"), "is another data set by now"),
         (lambda run: change(run, arguments={"data": "/nowhere", "task": "all"}), "its check rows cannot be asked"),
+        (lambda run: (run / "merge.json").write_text('{"answers": ['), "merge.json is broken: Expecting value"),
+        (lambda run: (run / "merge.json").write_bytes(b"\xff\xfe"), "merge.json is broken"),
+        (lambda run: (run / "plan.json").write_text("[]"), "plan.json is broken: an object is missing"),
+        (lambda run: (run / "plan.json").write_text('{"arguments": {}}'), "plan.json is broken: data is missing"),
+        (lambda run: (run / "plan.json").unlink(), "its check rows cannot be asked"),
     ],
 )
 def test_rows_that_cannot_be_asked_are_told_and_hold_nothing_up(run, spoil, told, capsys):

@@ -16,7 +16,8 @@ from doc_blocks import blocks, commands
 from keys_and_ports import KEYS, no_keys  # noqa: F401 - a fixture
 from test_serving_plan import add_adapter, model_folder
 
-from sonovqa import structured, torchvision_ops
+from sonovqa import serving_examples, structured, torchvision_ops
+from sonovqa.serving_plan import Plan
 
 PAGE = ROOT / "docs" / "serving.md"
 
@@ -82,6 +83,17 @@ def test_commands_of_the_page_can_be_run_and_vllm_knows_their_flags(folder, comm
         assert str(getattr(flags, name[2:].replace("-", "_"))) == value, "a flag that vLLM reads as something else"
     assert flags.shutdown_timeout == 20 and flags.middleware == ["sonovqa.serving_gate.Gate"]
     assert [module.name for module in flags.lora_modules or ()] == (["A", "B"] if "--adapters" in command else [])
+
+
+def test_no_example_puts_the_key_on_a_command_line():
+    """Whoever may list processes would read it there; what bash expands within <(…) stands on none."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shell = [block.code for page in pages for block in blocks(page) if block.language == "bash"]
+    plan = Plan("run", [], {}, "127.0.0.1", 0, "http://127.0.0.1:8000/v1", ROOT)
+    asking = [code for code in (*shell, serving_examples.curl_example(plan)) if "Bearer" in code]
+    assert len(asking) == 4
+    for code in asking:
+        assert "Bearer $" not in code and "-H @<(printf 'Authorization: Bearer %s' \"$VLLM_API_KEY\")" in code
 
 
 def test_the_page_shows_all_that_is_promised():

@@ -103,3 +103,13 @@ def test_without_a_key_only_this_machines_own_names_are_served(monkeypatch):
 def test_with_a_key_any_name_will_do(served):
     assert served.said("/v1/models", Host="gpu-box.example") == (200, "ok")
     assert served.said("/tokenize", Host="gpu-box.example")[0] == 404
+
+
+def test_a_path_is_looked_at_without_the_prefix_that_the_application_takes_off():
+    """vLLM under ``--root-path /v1`` answers ``/v1/invocations`` to anybody: below its prefix that is no path of the API."""
+
+    def status(path: str) -> int | None:
+        told = serving_gate.refused({"path": path, "root_path": "/v1", "headers": []})
+        return told and told[0]
+
+    assert status("/v1/invocations") == 404 and status("/v1/v1/models") is None

@@ -141,6 +141,20 @@ def test_flags_that_would_undo_the_guards_are_refused(run, word):
 
 
 @pytest.mark.parametrize(
+    ("word", "way_out"),
+    [
+        ("--root-path", "take its prefix off"), ("--root_path=/v1", "take its prefix off"), ("--root", "take its prefix off"),
+        ("--ssl-certfile", "a proxy with TLS"), ("--ssl-keyfile", "a proxy with TLS"), ("--uds", "on the socket"),
+        ("--trust-remote-code", "a family that vLLM knows"), ("--allowed-origins", "a proxy before it"),
+        ("--grpc-port", "leave it out"), ("--api-key", "export VLLM_API_KEY"),
+    ],
+)  # fmt: skip
+def test_flags_that_open_the_server_are_refused_with_the_way_out(run, word, way_out):
+    with pytest.raises(UserError, match=f"after --; .*; .*{way_out}"):
+        make_plan(run, device="gpu", extra=(word, "/v1"))
+
+
+@pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--port", "99999"], "--port; 99999; 1 to 65535"),

@@ -98,14 +98,16 @@ def test_report_and_extraction_by_command_line(image, capsys):
 
 def test_free_analysis_and_a_schema_of_ones_own(image, tmp_path, capsys):
     (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"side": {"type": "string"}}, "required": ["side"]}')
-    (tmp_path / "broken.json").write_text('{"type": "nothing"}')
     with StandIn(lambda prompt, attempt: "on the left" if "Say" in prompt else '{"side": "left"}') as server:
         ask(server.url, "analyze", image, "--prompt", "Say where.")
         assert said(capsys)["answer"] == "on the left" and "response_format" not in server.bodies[0]
         ask(server.url, "analyze", image, "--prompt", "Where?", "--schema", str(tmp_path / "schema.json"))
         assert said(capsys)["answer"] == {"side": "left"}
-        with pytest.raises(UserError, match=r"broken.json is no JSON schema"):
-            ask(server.url, "analyze", image, "--prompt", "Where?", "--schema", str(tmp_path / "broken.json"))
+        for broken in ('{"type": "nothing"}', "true", "false", "{}", "[]"):
+            (tmp_path / "broken.json").write_text(broken)
+            with pytest.raises(UserError, match=r"broken.json is no JSON schema"):
+                ask(server.url, "analyze", image, "--prompt", "Where?", "--schema", str(tmp_path / "broken.json"))
+        assert len(server.bodies) == 2
 
 
 def test_what_is_no_answer_is_said_in_one_line(image, capsys):

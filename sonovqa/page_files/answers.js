@@ -10,7 +10,7 @@ export class Card {
     this.find = (selector) => this.node.querySelector(selector);
     this.node.id = id;
     this.find("h3").textContent = title;
-    this.node.title = prompt;
+    this.find(".prompt").textContent = prompt;
     this.find(".marks").setAttribute("aria-label", `Mark the answer: ${title}`);
     this.find(".right").addEventListener("click", () => this.pressed("right"));
     this.find(".wrong").addEventListener("click", () => this.pressed("wrong"));
@@ -25,7 +25,7 @@ export class Card {
     this.node.dataset.state = state;
     this.find(".text").textContent = "";
     this.find(".percent").textContent = state === "asking" ? "asking …" : "";
-    for (const name of [".unsure", ".also", ".problem", ".marks"]) this.find(name).hidden = true;
+    for (const name of [".unsure", ".of", ".also", ".problem", ".marks"]) this.find(name).hidden = true;
     this.find(".bar").hidden = true;
     this.find("input").value = "";
     this.press(null);
@@ -57,7 +57,8 @@ export class Card {
     this.find(".bar").hidden = !known;
     if (known) this.find(".bar span").style.width = `${Math.round(100 * event.confidence)}%`;
     this.find(".percent").textContent = known ? percent(event.confidence) : event.weighing ? "weighing …" : "confidence not told";
-    this.find(".confidence").title = event.of ? `Probability of ${event.of}` : "";
+    this.find(".of").textContent = `The percentage is the probability of ${event.of}.`;
+    this.find(".of").hidden = !known || !event.of;
     const others = (event.labels ?? []).slice(1).filter(([, p]) => p >= 0.01);
     this.find(".also").textContent = `Otherwise: ${others.map(([name, p]) => `${name} (${percent(p)})`).join(", ")}`;
     this.find(".also").hidden = !others.length;

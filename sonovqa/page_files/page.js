@@ -5,7 +5,7 @@ import { fill, sections } from "./report.js";
 
 const $ = (id) => document.getElementById(id);
 const SECONDS = { well: 60, ill: 5 }; // between two looks at the model's server
-const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: "", unsaved: 0, stop: null, timer: null };
+const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: "", saved: {}, running: 0, stop: null, timer: null };
 
 const told = (value) => value.trim();
 const isStopped = (fault) => fault.name === "AbortError";
@@ -43,14 +43,17 @@ async function look() {
 function build(settings) {
   $("threshold").textContent = Math.round(100 * settings.unsure_below);
   for (const name of settings.categories) $("category").append(new Option(name.replaceAll("_", " "), name));
-  page.cards = settings.questions.map((question) => new Card(question, counted, (id) => askEight(id)));
+  page.cards = settings.questions.map((question) => new Card(question, counted, again));
   $("answers").append(...page.cards.map((card) => card.node));
 }
 
 // ---- the image ----
 
 // Marks that are not saved are not lost without a word.
-const mayForget = () => !page.unsaved || confirm(`${page.unsaved} marks on this image are not saved. Go on without them?`);
+function mayForget(cards = page.cards) {
+  const { length } = unsaved(cards);
+  return !length || confirm(`${marksTold(length)} on this image ${length === 1 ? "is" : "are"} not saved. Go on without ${length === 1 ? "it" : "them"}?`);
+}
 
 async function take(file) {
   if (!file || !page.settings) return;
@@ -74,7 +77,7 @@ async function take(file) {
       [page.file, page.image] = before;
       throw fault;
     }
-    forget();
+    forget(before[0] !== null);
     await askEight();
   } catch (fault) {
     if (!isStopped(fault)) say(fault.message);
@@ -97,20 +100,22 @@ async function send(signal) {
   delete $("drop").dataset.state;
 }
 
-function forget() {
-  Object.assign(page, { turns: [], written: "" });
+// What belonged to the image before this one, its details too; those given before the first image are meant for it.
+function forget(replaced) {
+  Object.assign(page, { turns: [], written: "", saved: {} });
   $("talk").replaceChildren();
   $("written").hidden = true;
-  for (const id of ["all", "print", "whole", "question", "send"]) $(id).disabled = false;
-  $("patient").value = "";
+  for (const id of ["print", "whole", "question", "send"]) $(id).disabled = false;
+  if (replaced) for (const id of ["context", "category", "patient"]) $(id).value = "";
 }
 
 // Does what needs the image held by the server; one that is held no more (a restart) is sent again.
 async function* withImage(make) {
+  const { file } = page;
   try {
     yield* make();
   } catch (fault) {
-    if (fault.status !== 410) throw fault;
+    if (fault.status !== 410 || page.file !== file) throw fault;
     await send(page.stop.signal);
     yield* make();
   }
@@ -123,6 +128,15 @@ const question = (more) => withImage(() => {
 
 // ---- the eight answers ----
 
+// Counts the streams into the cards; nothing is asked again while there is one, for both would write into the same card.
+function running(change) {
+  page.running += change;
+  $("answers").ariaBusy = String(page.running > 0);
+  for (const button of document.querySelectorAll("#all, .again")) button.disabled = page.running > 0;
+}
+
+const again = (id) => mayForget(page.cards.filter((card) => card.id === id)) && askEight(id);
+
 async function askEight(only = null) {
   const cards = page.cards.filter((card) => only === null || card.id === only);
   for (const card of cards) card.clear("asking");
@@ -130,7 +144,7 @@ async function askEight(only = null) {
   const open = new Map(cards.map((card) => [card.id, card]));
   const signal = page.stop.signal;
   let failed = "";
-  $("answers").ariaBusy = "true";
+  running(1);
   try {
     for await (const event of question(only === null ? {} : { question: only })) {
       const card = open.get(event.question ?? only);
@@ -144,11 +158,13 @@ async function askEight(only = null) {
     announce(cards.filter((card) => card.answer !== null).map((card) => card.spoken()).join(" "));
     if (cards.some((card) => card.node.dataset.state === "asking")) throw new Error("The connection to the page broke off. Try again.");
   } catch (fault) {
+    const words = signal.aborted ? "Stopped: another image was chosen." : fault.message;
+    for (const card of cards) if (card.node.dataset.state === "asking") card.fail(words);
     if (signal.aborted) return;
-    for (const card of cards) if (card.node.dataset.state === "asking") card.fail(fault.message);
-    say(fault.message);
+    say(words);
+  } finally {
+    running(-1);
   }
-  $("answers").ariaBusy = "false";
   page.date = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" }).format(new Date());
 }
 
@@ -169,7 +185,8 @@ async function askFree(event) {
   $("send").disabled = true;
   turn(words, "asked");
   const node = turn("", "said");
-  if (await stream(node, node, { turns: [...page.turns, words] })) {
+  const before = page.turns.slice(-page.settings.latest_turns).map((said) => said.slice(0, page.settings.longest_turn));
+  if (await stream(node, node, { turns: [...before, words] })) {
     page.turns.push(words, node.textContent);
     $("question").value = "";
   }
@@ -221,21 +238,32 @@ async function stream(node, problem, value) {
 
 // ---- marks ----
 
+const marksTold = (count) => `${count} ${count === 1 ? "mark" : "marks"}`;
+
+// The cards whose mark is not in the sheet as it stands here; a confidence may follow its answer and makes no other mark.
+function unsaved(cards = page.cards) {
+  const differs = (mark, kept) => ["answer", "verdict", "correction"].some((name) => mark[name] !== kept?.[name]);
+  return cards.filter((card) => card.marked() && differs(card.marked(), page.saved[card.id]));
+}
+
 function counted() {
-  const count = page.cards.filter((card) => card.marked()).length;
+  const count = unsaved().length;
   $("save").disabled = !count;
-  page.unsaved = count;
   $("marked").textContent = count ? `${count} of ${page.cards.length} marked, not saved yet.` : "Mark answers right or wrong to keep them for training.";
 }
 
 async function save() {
-  const marks = Object.fromEntries(page.cards.map((card) => [card.id, card.marked()]).filter(([, mark]) => mark));
+  const marks = Object.fromEntries(unsaved().map((card) => [card.id, card.marked()]));
+  const { saved } = page; // of this image, should another come meanwhile
   $("save").disabled = true;
   try {
-    for await (const saved of withImage(() => saving(marks))) {
-      $("marked").textContent = `Saved: ${saved.saved} marks; the sheet holds ${saved.images} ${saved.images === 1 ? "image" : "images"}.`;
+    for await (const told of withImage(() => saving(marks))) {
+      Object.assign(saved, marks);
+      counted();
+      const left = unsaved().length; // what was marked or changed meanwhile
+      const rest = left ? ` ${marksTold(left)} not saved yet.` : "";
+      $("marked").textContent = `Saved: ${marksTold(told.saved)}; the sheet holds ${told.images} ${told.images === 1 ? "image" : "images"}.${rest}`;
       announce($("marked").textContent);
-      page.unsaved = 0;
       say("");
     }
   } catch (fault) {
@@ -288,6 +316,6 @@ $("question").addEventListener("keydown", (event) => {
 $("whole").addEventListener("click", askWhole);
 $("save").addEventListener("click", save);
 $("print").addEventListener("click", () => window.print());
-window.addEventListener("beforeunload", (event) => page.unsaved && event.preventDefault());
+window.addEventListener("beforeunload", (event) => unsaved().length && event.preventDefault());
 window.addEventListener("beforeprint", () => page.url && prepare());
 look();

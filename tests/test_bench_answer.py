@@ -197,6 +197,7 @@ def test_what_vllms_log_states_is_read(tmp_path):
         (("--model", "a", "--in-flight", "0", "4"), "--in-flight 0; must be 1 or more"),
         (("--run", "tests"), "no run of train.py"),
         (("--model", "a", "b", "--endpoint", "http://x/v1"), "serves one model"),
+        (("--engines", VLLM, "--endpoint", "http://127.0.0.1:9/v1", "--bits", "16", "8", "4"), "a server has one precision"),
         (("--model", "a", "--data", "/no/such/set"), "no data set there"),
     ],
 )

@@ -110,14 +110,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fill_sheet(args: argparse.Namespace) -> None:
-    from sonovqa import endpoint_cost, folder_sheet
+    from sonovqa import folder_sheet
 
     options = args.prompts, args.max_new_tokens, args.context
-    found = folder_sheet.find_images(args.folder)  # a wrong path or sheet is told before a model is loaded
-    rows = folder_sheet.check_out(args.out, folder_sheet.settings_of(args.run, *options))
-    if args.endpoint:
-        left = folder_sheet.requests(found, folder_sheet.answered(found, rows), args.prompts, args.context, {})
-        endpoint_cost.consent(args, endpoint_cost.of_requests(left, args.max_new_tokens))
+    folder_sheet.check(args)  # before a model is loaded
     told = folder_sheet.fill(args.folder, args.out, answerer(args).engine(), *options)
     console.print("{images} images: {answered} answered, {failed} failed (why: column Status)".format(**told))
     console.print(f"{args.out}\n{RESEARCH_NOTICE}", markup=False, soft_wrap=True)

@@ -6,6 +6,7 @@ Answers go to ``<out>.answers.jsonl`` as they come; the workbook is written from
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from sonovqa import answers, chat, cli, files, images, predictions, prompt_variants, records
+from sonovqa import answers, chat, cli, endpoint_cost, files, images, predictions, prompt_variants, records
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine, ImageRequest
 from sonovqa.questions import QUESTIONS
@@ -110,6 +111,19 @@ def fill(
         log.append({"wrote": files.sha256(out.read_bytes())})
     full = sum(row[2] == "answered" for row in table)
     return {"images": len(found), "answered": full, "failed": len(found) - full, "asked": asked}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Whether inference.py may ask and write: `endpoint_cost.consent` to what an endpoint elsewhere is still to be sent.
+
+    Raises:
+        UserError: as `find_images`, `check_out` and `consent` do.
+    """
+    found = find_images(args.folder)
+    rows = check_out(args.out, settings_of(args.run, args.prompts, args.max_new_tokens, args.context))
+    if args.endpoint:
+        left = requests(found, answered(found, rows), args.prompts, args.context, {})
+        endpoint_cost.consent(args, endpoint_cost.of_requests(left, args.max_new_tokens))
 
 
 def answered(found: list[Found], rows: list[dict]) -> set[predictions.Key]:

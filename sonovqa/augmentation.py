@@ -92,7 +92,7 @@ def allowed(answers: Sequence[Mapping], context: str | None) -> Allowed:
         mirrored=None if None in swapped else tuple(swapped),
         turn=known and not any(map(augmentation_sides.names_a_turn, turning)),
         cut=known and (pixels or not (context or valued or "Q5" in asked)),
-        stretch=known and not (context or valued),
+        stretch=known and not (context or valued or "Q5" in asked),
         acoustic=known,
         strength=MILD if "Q6" in asked or not known else FULL,
     )

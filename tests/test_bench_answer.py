@@ -207,6 +207,13 @@ def test_wrong_arguments_are_one_line(words, told, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_record_that_was_cut_off_is_one_line(tmp_path):
+    record = tmp_path / "r.json"
+    record.write_text('{"benchmark": "answer", "rows": [')
+    with pytest.raises(UserError, match=r"the file is no whole JSON; .*r.json.*move it away"):
+        bench(record, "--model", "tiny", "--rows", 1, "--size", "32x24")
+
+
 def test_a_run_is_its_base_its_adapter_and_its_merged_weights(tmp_path):
     run = tmp_path / "tuned"
     (run / "adapter").mkdir(parents=True)

@@ -184,13 +184,12 @@ def name_run(args: argparse.Namespace) -> Path:
 
 
 def load(args: argparse.Namespace):
-    backend, why = models.choose_backend(args.backend, families.of_model(args.model))
+    family = families.of_model(args.model)
+    backend, why = models.choose_backend(args.backend, family)
     if backend == "unsloth":
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
     base = models.locate(args.model)
-    rank = 0 if args.full else args.rank
-    wanted = memory.Training(rank, args.batch, args.max_pixels, args.optimizer, args.checkpointing, args.merge)
-    memory.check_training(base, args.bits, wanted)
+    memory.check_training(base, args.bits, memory.of_run(args, family, backend))
     console.print(f"loading {args.model} in {args.bits} bits with {backend}: {why}")
     devices.tell_idle()
     loaded = models.load_for_training(base, args.bits, (args.min_pixels, args.max_pixels), args.backend, args.checkpointing)

@@ -23,7 +23,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from sonovqa import cli, conversation
+from sonovqa import cli, conversation, evaluation_flags
 from sonovqa.cli import RESEARCH_NOTICE, UserError, console
 from sonovqa.conversation import Conversation, Picture
 from sonovqa.engines import EngineError
@@ -50,6 +50,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     who.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server instead; key in VLLM_API_KEY")
     who.add_argument("--model", "--endpoint-model", metavar="NAME", help="its name at the endpoint (unset: the only one)")
     who.add_argument("--head", type=Path, metavar="RUN", help="the choice run that the endpoint serves: answer by its labels")
+    evaluation_flags.add_elsewhere(who)
     what = parser.add_argument_group("what is asked")
     what.add_argument("--image", metavar="FILE", help="an image file; with --data an image_id (unset: the first)")
     what.add_argument("--data", type=Path, metavar="DIR", help="take the image from a prepared set's test split")
@@ -112,8 +113,7 @@ def fill_sheet(args: argparse.Namespace) -> None:
     from sonovqa import folder_sheet
 
     options = args.prompts, args.max_new_tokens, args.context
-    folder_sheet.find_images(args.folder)  # a wrong path or sheet is told before a model is loaded
-    folder_sheet.check_out(args.out, folder_sheet.settings_of(args.run, *options))
+    folder_sheet.check(args)  # before a model is loaded
     told = folder_sheet.fill(args.folder, args.out, answerer(args).engine(), *options)
     console.print("{images} images: {answered} answered, {failed} failed (why: column Status)".format(**told))
     console.print(f"{args.out}\n{RESEARCH_NOTICE}", markup=False, soft_wrap=True)
@@ -130,7 +130,7 @@ def first_picture(args: argparse.Namespace) -> Picture | None:
 
 def answerer(args: argparse.Namespace) -> conversation.Answerer:
     if args.endpoint:
-        return conversation.EndpointAnswerer(args.endpoint, args.model, args.head)
+        return conversation.EndpointAnswerer(args.endpoint, args.model, args.head, args.api_key_env)
     with cli.stderr.status(f"loading {args.run}"):
         return conversation.LocalAnswerer(args.run, args.bits, args.adapter)
 

@@ -32,7 +32,6 @@ from sonovqa import (
     records,
     resuming,
     training_flags,
-    weighting,
 )
 from sonovqa.cli import UserError, console
 from sonovqa.questions import REPORT_ID, TASKS
@@ -157,6 +156,7 @@ def check(args: argparse.Namespace) -> None:
     problems += models.wrong_pixels(args.min_pixels, args.max_pixels)
     cli.check(problems)
     prompt_variants.check(args.prompts, args.task)
+    planning.check_weighting(args)
     hub.check_asked(args)
     tiny = args.model.partition("-")[0] == "tiny"
     family = families.of_model(args.model if tiny else models.locate(args.model))
@@ -184,13 +184,12 @@ def name_run(args: argparse.Namespace) -> Path:
 
 
 def load(args: argparse.Namespace):
-    backend, why = models.choose_backend(args.backend, families.of_model(args.model))
+    family = families.of_model(args.model)
+    backend, why = models.choose_backend(args.backend, family)
     if backend == "unsloth":
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
     base = models.locate(args.model)
-    rank = 0 if args.full else args.rank
-    wanted = memory.Training(rank, args.batch, args.max_pixels, args.optimizer, args.checkpointing, args.merge)
-    memory.check_training(base, args.bits, wanted)
+    memory.check_training(base, args.bits, memory.of_run(args, family, backend))
     console.print(f"loading {args.model} in {args.bits} bits with {backend}: {why}")
     devices.tell_idle()
     loaded = models.load_for_training(base, args.bits, (args.min_pixels, args.max_pixels), args.backend, args.checkpointing)
@@ -225,8 +224,7 @@ def read_data(args: argparse.Namespace, loaded, model):
 
 def plan(args: argparse.Namespace, splits, encoder) -> dict:
     shared = args.batching == "shared"
-    questions = weighting.parse_question_weights(args.question_weights)
-    how = weighting.Weighting(args.loss_mean, questions, args.balance, args.balance_question)
+    how = planning.weighting_of(args)
     asked = (encoder, args.task, args.prompts, shared, args.max_tokens)
     plans = {"train": planning.plan_split(splits["train"], "train", *asked, how)}
     if args.patience and not len(splits["validation"]):

@@ -13,8 +13,7 @@ attenuation, acoustic shadow and elastic deformation. What is done to a picture 
 - *Levels*: where image quality is asked, the field's mean stays within 1 dB of a 60 dB display, whatever else is done, nothing
   is blurred, and the one resampling is bicubic. (Phantoms call a gain of up to 2 dB good, 6 to 7 medium, 11.5 and more low.)
 - *Shadow*: never so deep that it hides what is named: 4 or 6 dB, where the dark parts of a phantom lie 8 dB above black.
-- *Elastic*: not where millimetres are asked. It moves neighbouring parts by 6 % of their distance at most and 0 % on average;
-  the phantoms' gestational ages are 23 % apart.
+- *Elastic*: not where weeks or millimetres are asked: it moves neighbouring parts by up to 6 % of their distance.
 
 Pillow resamples and SciPy smooths: torchvision's transforms draw from torch's global generator, resample once each, and
 know no decibels; Albumentations is no longer maintained, and MONAI's are made for volumes.
@@ -92,7 +91,7 @@ def allowed(answers: Sequence[Mapping], context: str | None) -> Allowed:
         mirrored=None if None in swapped else tuple(swapped),
         turn=known and not any(map(augmentation_sides.names_a_turn, turning)),
         cut=known and (pixels or not (context or valued or "Q5" in asked)),
-        stretch=known and not (context or valued),
+        stretch=known and not (context or valued or "Q5" in asked),
         acoustic=known,
         strength=MILD if "Q6" in asked or not known else FULL,
     )

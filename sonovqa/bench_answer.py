@@ -37,6 +37,8 @@ from sonovqa import (
     bench_worker,
     choice,
     cli,
+    endpoint_cost,
+    evaluation_flags,
     files,
     predictions,
     provenance,
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     who.add_argument("--in-flight", nargs="+", type=int, default=[16], metavar="N", help="vllm: requests open at a time")
     who.add_argument("--endpoint", metavar="URL", help="vllm: a server that runs already (unset: one is started for each model)")
     who.add_argument("--endpoint-model", metavar="NAME", help="its name for the model (unset: the only one it serves)")
-    who.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds its key (unset: VLLM_API_KEY)")
+    evaluation_flags.add_elsewhere(who)
     who.add_argument("--server-flags", default="", metavar="FLAGS", help='for a started server: --server-flags="--dtype float32"')
     bench_images.add_arguments(parser)
     how = parser.add_argument_group("how")
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     console.print(bench_answer_table.title(settings, about), markup=False, soft_wrap=True)
     console.print("prompts: " + " | ".join(about["prompts"]), markup=False, soft_wrap=True)
     todo = missing(cases(args, images), args)
+    agree(todo, requests, args)
     expected = predict(todo, requests, args.record)
     for case in todo:
         for row in measured(case, args.limit, _kept(args)):
@@ -144,6 +147,18 @@ def missing(wanted: Iterator[Case], args: argparse.Namespace) -> list[Case]:
     return [dataclasses.replace(case, levels=levels) for case, levels in left if levels or case.scoring]
 
 
+def agree(todo: list[Case], requests: list, args: argparse.Namespace) -> None:
+    """`endpoint_cost.consent` to all that the endpoint is sent: warm-ups, measured images and scored ones."""
+    sent = [case for case in todo if case.engine == VLLM] if args.endpoint else []
+    times = sum(len(case.levels) for case in sent)
+    told = endpoint_cost.of_requests(requests, args.new_tokens, times)
+    warm = endpoint_cost.of_requests(bench_images.warm_up(requests, bench_worker.WARM_UPS), args.new_tokens, times)
+    told += dataclasses.replace(warm, images=0)  # noise: nobody's
+    for case in sent:
+        told += bench_scores.to_send(case.scoring) if case.scoring else endpoint_cost.NOTHING
+    endpoint_cost.consent(args, told)
+
+
 def predict(todo: list[Case], requests: list, record: Path) -> list[dict]:
     """Predict the memory of every case: printed and in the record before the first is loaded."""
     made = [entry for case in todo for entry in bench_predictions.of_case(case, requests)]
@@ -155,7 +170,9 @@ def predict(todo: list[Case], requests: list, record: Path) -> list[dict]:
 
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once. Raises `UserError`."""
-    problems = cli.out_of_range(args, ("rows", "new_tokens", "limit", "batch_images", "in_flight"))
+    problems = cli.out_of_range(
+        args, ("rows", "new_tokens", "limit", "batch_images", "in_flight"), ("price_input", "price_output")
+    )
     if not (args.model or args.run) and not (args.endpoint and args.engines == [VLLM]):
         problems.append("nobody to answer; name --model or --run, or --engines vllm with --endpoint URL")
     problems += [f"--run; {run} is no run of train.py; it has no run.json; name outputs/<run>, or a folder of weights as --model"
@@ -168,6 +185,9 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.endpoint and (len(args.model) > 1 or args.run):
         problems.append("--endpoint serves one model; name its weights alone with --model, or leave --endpoint out")
+    if args.endpoint and len(args.bits) > 1:
+        told = f"--bits {' '.join(map(str, args.bits))} with --endpoint; a server has one precision; name that one alone"
+        problems.append(told)
     cli.check(problems)
 
 

@@ -14,7 +14,7 @@ import argparse
 import itertools
 from pathlib import Path
 
-from sonovqa import bench_caches, bench_crowd, bench_images, bench_records, cli, files
+from sonovqa import bench_caches, bench_crowd, bench_images, bench_records, cli, endpoint_cost, evaluation_flags, files
 from sonovqa.bench_caches import BOTH, KEPT
 from sonovqa.bench_crowd import MIXES, Level
 from sonovqa.bench_streaming import ORDERS, Users
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("endpoint")
     where.add_argument("--endpoint", required=True, metavar="URL", help="OpenAI-compatible server")
     where.add_argument("--model", metavar="NAME", help="its name there (unset: the only one)")
-    where.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the key (unset: VLLM_API_KEY)")
+    evaluation_flags.add_elsewhere(where)
     where.add_argument("--label", metavar="TEXT", help='what the record calls it, such as "4 API servers" (unset: model and URL)')
     where.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="most time for one try")
     where.add_argument("--retries", type=int, default=5, help="further tries after a passing fault")
@@ -56,14 +56,16 @@ def run(args: argparse.Namespace) -> int:
     """
     args.requests = args.rows * len(bench_images.PROMPTS) if args.requests is None else args.requests
     check(args)
+    images = {name: getattr(args, name) for name in ("data", "split", "rows", "size", "seed")}
+    requests = bench_images.make(**images)
+    agree(requests, args)
     client = Users(args.endpoint, args.model, key_env=args.api_key_env)
     client.check()
     known = bench_caches.is_vllm(client.base_url, client.key_names)
     if (args.ignore_eos or args.caches != [BOTH]) and not known:
         raise UserError(f"--ignore-eos and --caches; the server at {client.base_url} is not vLLM, which alone knows them; "
                         "leave them out")  # fmt: skip
-    images = {name: getattr(args, name) for name in ("data", "split", "rows", "size", "seed")}
-    about = bench_images.described(bench_images.make(**images))
+    about = bench_images.described(requests)
     settings = {name: getattr(args, name) for name in SETTINGS}
     bench_records.start(args.record, "load", settings, about)
     title = bench_images.in_words(about, args.new_tokens, args.ignore_eos)
@@ -87,9 +89,17 @@ def run(args: argparse.Namespace) -> int:
     return 0 if any(row["answered"] for row in found) else 1
 
 
+def agree(requests: list, args: argparse.Namespace) -> None:
+    """`endpoint_cost.consent` to all levels, warm-ups aside: how many of them the record holds is not known yet."""
+    levels = len(args.order) * len(args.caches) * len(args.users)
+    often = levels * args.requests / sum(len(request.prompts) for request in requests)
+    endpoint_cost.consent(args, endpoint_cost.of_requests(requests, args.new_tokens, often), "; a warm-up a level besides")
+
+
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once. Raises `UserError`."""
-    problems = cli.out_of_range(args, ("requests", "new_tokens", "rows", "timeout", "clients"), ("retries",))
+    problems = cli.out_of_range(args, ("requests", "new_tokens", "rows", "timeout", "clients"),
+                                ("retries", "price_input", "price_output"))  # fmt: skip
     problems += [f"--users; {n}; 1 to {MOST_USERS} is allowed" for n in args.users if not 1 <= n <= MOST_USERS]
     problems += [f"--clients {args.clients} are more than --users {n}; one user each at least; lower --clients"
                  for n in args.users if n < args.clients]  # fmt: skip

@@ -39,7 +39,8 @@ def start(path: Path, benchmark: str, settings: dict, sizes: dict) -> dict:
         The record, ``rows`` among it.
 
     Raises:
-        UserError: if the record there was made with other settings, at another commit or on another device.
+        UserError: if the record there was made with other settings, at another commit or on another device, or is no whole
+            JSON.
     """
     command = shlex.join(["python", "-m", "sonovqa.bench", *sys.argv[1:]])
     made = {
@@ -57,7 +58,7 @@ def start(path: Path, benchmark: str, settings: dict, sizes: dict) -> dict:
     }
     with _held(path):
         if path.exists():
-            before = files.read_json(path)
+            before = files.read_made(path)
             other = [key for key in _SAME if before.get(key) != made[key]]
             if other:
                 raise UserError(
@@ -87,7 +88,7 @@ def note(path: Path, key: str, entries: Sequence[dict]) -> None:
 
 def rows(path: Path) -> list[dict]:
     """The rows of the record at ``path``, an empty list where there is none."""
-    return files.read_json(path)["rows"] if path.exists() else []
+    return files.read_made(path)["rows"] if path.exists() else []
 
 
 def show(title: str, found: Sequence[dict], columns: Columns) -> None:

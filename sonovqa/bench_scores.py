@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sonovqa import asking, bench_records, comparing, dataset, files, predictions, scoretable, scoring
+from sonovqa import asking, bench_records, comparing, dataset, endpoint_cost, files, predictions, scoretable, scoring
 from sonovqa.bench_worker import SHARED, VLLM, Case, Scoring
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine
@@ -54,6 +54,20 @@ def place(engine: str) -> str:
     return "vllm" if engine == VLLM else "local"
 
 
+def _asked(how: Scoring) -> tuple:
+    """The rows that are scored, images not decoded, and their questions."""
+    split = dataset.load_undecoded(Path(how.data))[how.split]
+    raw = dataset.subset(split, how.rows, how.seed) if how.rows else split
+    return raw, asking.items_of(raw, "all", how.prompt)
+
+
+def to_send(how: Scoring) -> endpoint_cost.Estimate:
+    """What `score` has still to ask, grey images too."""
+    raw, items = _asked(how)
+    sizes = asking.image_sizes(raw, range(len(raw)))
+    return endpoint_cost.estimate(endpoint_cost.still_to_ask(items, sizes, Path(how.folder), True), sizes, NEW_TOKENS)
+
+
 def score(case: Case, engine: Engine) -> dict:
     """Ask and score what ``case.scoring`` says.
 
@@ -65,9 +79,8 @@ def score(case: Case, engine: Engine) -> dict:
         UserError: if there is nothing to ask, or the data set is gone.
     """
     how, out = case.scoring, Path(case.scoring.folder)
-    splits = dataset.load_undecoded(Path(how.data))
-    raw = dataset.subset(splits[how.split], how.rows, how.seed) if how.rows else splits[how.split]
-    items, train = (asking.items_of(split, "all", how.prompt) for split in (raw, splits["train"]))
+    raw, items = _asked(how)
+    train = asking.items_of(dataset.load_undecoded(Path(how.data))["train"], "all", how.prompt)
     if not items:
         raise UserError(f"--scores; the {how.split} split of {how.data} has no questions; choose another --split")
     settings = {"model": case.label, "bits": case.bits, "where": place(case.engine), "prompt": how.prompt}

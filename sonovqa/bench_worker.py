@@ -23,6 +23,7 @@ from sonovqa.endpoint import KEY_NAMES, Endpoint
 from sonovqa.engines import Engine, ImageRequest
 
 TENSORS, RESIDENT = "torch's tensors", "resident set"  # what a row's memory is
+WARM_UPS = 2  # images that a server is asked about before every level
 ONE_AT_A_TIME, SHARED, VLLM = ENGINES = ("one-at-a-time", "shared", "vllm")
 
 
@@ -215,7 +216,7 @@ def levels(case: Case, requests: list[ImageRequest], url: str, model: str | None
         engine = bench_caches.Fresh(url, model, level, timeout=600.0, key_env=case.key_env, ignore_eos=case.ignore_eos,
                                     vllm=known)  # fmt: skip
         engine.check()
-        bench_timing.run_through(engine, bench_images.warm_up(requests, 2), case.new_tokens)
+        bench_timing.run_through(engine, bench_images.warm_up(requests, WARM_UPS), case.new_tokens)
         before = bench_caches.counters(url, keys)
         figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
         told = {

@@ -110,8 +110,7 @@ def told_of(raw, items: Sequence[Item], labels: confidence.Labels, engine: Calla
     Raises:
         UserError: if no question has labels, or the engine gives no likelihoods.
     """
-    chosen = {key: row["probabilities"] for key, row in answered.items() if row.get("probabilities")}
-    direct = {key: {"probabilities": found, "mass": 1.0} for key, found in chosen.items()}
+    direct = told_with(answered)
     wordings = {item.key: labels.of(item) for item in items if item.key not in direct and labels.of(item)}
     if not wordings and not direct:
         closed = ", ".join(confidence.CLOSED)
@@ -123,6 +122,12 @@ def told_of(raw, items: Sequence[Item], labels: confidence.Labels, engine: Calla
         confidence.weigh(confidence.engine_of(engine()[0]), asked, todo, path)
     told = {key: row for key, row in confidence.read(path).items() if key in wordings}
     return len(wordings) + len(direct), told | direct
+
+
+def told_with(answered: Mapping[Key, Mapping]) -> dict[Key, dict]:
+    """The label probabilities that answers came with, as those of a choice head do, in the form of `confidence.read`."""
+    chosen = {key: row["probabilities"] for key, row in answered.items() if row.get("probabilities")}
+    return {key: {"probabilities": found, "mass": 1.0} for key, found in chosen.items()}
 
 
 def add(scores: dict, rows: Sequence[Mapping], told: Mapping[Key, Mapping], below: float | None, draws: Resamples) -> None:

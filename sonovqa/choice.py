@@ -112,7 +112,7 @@ def behind(path: str | Path | None) -> Head | None:
     if (run := records.run_behind(path)) is not None or not path:
         return of_run(run)
     found = (Path(path) / FILE, Path(path) / "adapter" / FILE)
-    return next((from_json(files.read_json(file)) for file in found if file.exists()), None)
+    return next((from_json(files.read_made(file)) for file in found if file.exists()), None)
 
 
 def of_training(split, tokenizer, task: str) -> Head:

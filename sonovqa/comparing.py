@@ -193,8 +193,8 @@ def _shown(scores: Mapping) -> list[str]:
 
 
 def told(path: Path, split: str = "test") -> dict[Key, dict]:
-    """An evaluation's label probabilities by key; empty if it was made without ``--confidence``."""
-    return confidence.read(folder_of(path, split) / "confidence.jsonl")
+    """An evaluation's label probabilities by key: a choice head's, else those of ``--confidence``, where it was made with it."""
+    return confidence.read(folder_of(path, split) / "confidence.jsonl") | calibration.told_with(load(path, split))
 
 
 def speeds(runs: Sequence[Path], split: str) -> dict[str, dict]:

@@ -80,11 +80,11 @@ class LocalAnswerer:
 class EndpointAnswerer:
     """Answers through an OpenAI-compatible API."""
 
-    def __init__(self, url: str, model: str | None = None, head: Path | None = None):
+    def __init__(self, url: str, model: str | None = None, head: Path | None = None, key_env: str | None = None):
         from sonovqa import answering, endpoint_cost
 
         self._head = choice.behind(head) if head else None
-        asked = {"endpoint": url, "model": model, "in_flight": 1, "head": head, "api_key_env": None, "run": None}
+        asked = {"endpoint": url, "model": model, "in_flight": 1, "head": head, "api_key_env": key_env, "run": None}
         self.endpoint = answering.open_endpoint(argparse.Namespace(**asked))
         self.name = self.endpoint.name
         self.probabilities: Mapping[str, float] | None = None

@@ -30,7 +30,10 @@ FOOTER = "Synthetic page for research. No real patient."
 _SECTION = re.compile(r"[\s,]*,\s*(?=[A-Z][A-Z0-9 /&()'-]{2,40}:|\d{1,2}\.\s+[A-Z])")
 TRANSCRIBE = "Transcribe this page."
 #: Prose does not say what a number is a value of in a form that could be read without a person, so names are not asked for.
-VALUES_IN_PROSE = 'List every number with a unit on this page. Answer with JSON only: {"values": [{"value": 0, "unit": ""}]}'
+VALUES_IN_PROSE = (
+    "List every number with a unit on this page, but no ages, no durations and no counts of tablets, capsules, drops or puffs. "
+    'Answer with JSON only: {"values": [{"value": 0, "unit": ""}]}'
+)
 
 
 def documents(root: Path | None, out: Path, forms: int, transcriptions: int, seed: int) -> Loaded:

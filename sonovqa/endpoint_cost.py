@@ -8,13 +8,15 @@ for thinking that it does not show is not in it.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sonovqa import asking, predictions, serving_plan
+from sonovqa import asking, images, predictions, serving_plan
 from sonovqa.cli import UserError, console
+from sonovqa.engines import ImageRequest
 from sonovqa.questions import QUESTIONS, REPORT_ID, SYSTEM_TEXT
 
 #: Source: Anthropic's documentation of vision, "tokens = (width px * height px) / 750"; OpenAI's 512 x 512 tiles of 170 tokens
@@ -32,11 +34,18 @@ class Estimate:
     tokens_in: int
     tokens_out: int
 
+    def __add__(self, other: Estimate) -> Estimate:
+        sums = (getattr(self, name) + getattr(other, name) for name in ("images", "requests", "tokens_in", "tokens_out"))
+        return Estimate(*sums)
+
     def cost(self, price_in: float | None, price_out: float | None) -> float | None:
         """In the prices' currency; prices are of a million tokens, and ``None`` is not known."""
         if price_in is None or price_out is None:
             return None
         return (self.tokens_in * price_in + self.tokens_out * price_out) / 1e6
+
+
+NOTHING = Estimate(0, 0, 0, 0)
 
 
 def is_elsewhere(url: str) -> bool:
@@ -52,13 +61,26 @@ def estimate(asked: Sequence[asking.Item], sizes: Mapping[int, asking.Size | Non
         sizes: by row, width and height of the image in pixels; ``None`` where there is none.
         max_new_tokens: an answer's limit; a report has eight times it.
     """
-    tokens_in = tokens_out = 0
-    for item in asked:
-        width, height = sizes[item.row] or (0, 0)
-        letters = len(SYSTEM_TEXT) + len(item.context or "") + len(item.prompt)
-        tokens_in += -(-width * height // PIXELS_A_TOKEN) - (-letters // LETTERS_A_TOKEN)
-        tokens_out += max_new_tokens * (len(QUESTIONS) if item.question_id == REPORT_ID else 1)
+    tokens_out = sum(max_new_tokens * (len(QUESTIONS) if item.question_id == REPORT_ID else 1) for item in asked)
+    tokens_in = sum(_tokens_in(sizes[item.row], item.context, item.prompt) for item in asked)
     return Estimate(len({item.row for item in asked}), len(asked), tokens_in, tokens_out)
+
+
+def of_requests(asked: Iterable[ImageRequest], max_new_tokens: int, times: float = 1) -> Estimate:
+    """Of images with their prompts, one request each prompt, all of it ``times`` times over (rounded up)."""
+    pictures = prompts = tokens = 0
+    for one in asked:
+        size = images.size_of(one.image)
+        pictures, prompts = pictures + 1, prompts + len(one.prompts)
+        tokens += sum(_tokens_in(size, one.context, prompt) for _, prompt in one.prompts)
+    count = math.ceil(prompts * times)
+    return Estimate(pictures, count, math.ceil(tokens * times), count * max_new_tokens)
+
+
+def _tokens_in(size: asking.Size | None, context: str | None, prompt: str) -> int:
+    width, height = size or (0, 0)
+    letters = len(SYSTEM_TEXT) + len(context or "") + len(prompt)
+    return -(-width * height // PIXELS_A_TOKEN) - (-letters // LETTERS_A_TOKEN)
 
 
 def still_to_ask(items: Sequence[asking.Item], sizes: Mapping, out: Path, blind: bool) -> list[asking.Item]:
@@ -74,7 +96,7 @@ def still_to_ask(items: Sequence[asking.Item], sizes: Mapping, out: Path, blind:
 
 
 def agree(args: argparse.Namespace, raw, items: Sequence[asking.Item], out: Path, blind: bool) -> None:
-    """Print what is about to be sent and what it costs; nothing where the endpoint is this machine's and has no price.
+    """`consent` to what evaluate.py is about to send.
 
     Args:
         args: evaluate.py's.
@@ -83,19 +105,31 @@ def agree(args: argparse.Namespace, raw, items: Sequence[asking.Item], out: Path
         blind: whether grey images are asked about too.
 
     Raises:
-        UserError: if images would leave this machine and ``--yes`` was not given.
+        UserError: as `consent` does.
     """
-    priced = args.price_input is not None or args.price_output is not None
-    if not args.endpoint or not (is_elsewhere(args.endpoint) or priced):
+    if not _told_first(args):
         return
     sizes = asking.image_sizes(raw, sorted({item.row for item in items}))
-    left = still_to_ask(items, sizes, out, blind)
-    if not left:
+    told = estimate(still_to_ask(items, sizes, out, blind), sizes, args.max_new_tokens)
+    extra = "; --confidence asks again for every label" if getattr(args, "confidence", False) and not args.head else ""
+    consent(args, told, extra)
+
+
+def consent(args: argparse.Namespace, told: Estimate, extra: str = "") -> None:
+    """Print what is about to be sent and what it costs; nothing where the endpoint is this machine's and has no price.
+
+    Args:
+        args: with ``endpoint`` and what `evaluation_flags.add_elsewhere` adds.
+        told: all that is still to be sent.
+        extra: what is not in it.
+
+    Raises:
+        UserError: if images would leave this machine and ``--yes`` was not given.
+    """
+    if not _told_first(args) or not told.requests:
         return
-    told = estimate(left, sizes, args.max_new_tokens)
     cost = told.cost(args.price_input, args.price_output)
     price = f"about {cost:,.2f} at most" if cost is not None else "unknown: --price-input and --price-output tell it"
-    extra = "; --confidence asks again for every label" if getattr(args, "confidence", False) and not args.head else ""
     console.print(
         f"{told.requests:,} requests: about {told.tokens_in:,} tokens in, at most {told.tokens_out:,} out; cost {price}{extra}",
         markup=False, soft_wrap=True,
@@ -107,3 +141,9 @@ def agree(args: argparse.Namespace, raw, items: Sequence[asking.Item], out: Path
     if not args.yes:
         raise UserError(f"{what}; --endpoint {args.endpoint}; nothing was sent; add --yes if they may (patients' data may not)")
     console.print(what, style="yellow", markup=False, soft_wrap=True)
+
+
+def _told_first(args: argparse.Namespace) -> bool:
+    """Whether anything is to be said before the endpoint is asked."""
+    priced = args.price_input is not None or args.price_output is not None
+    return bool(args.endpoint) and (is_elsewhere(args.endpoint) or priced)

@@ -23,7 +23,7 @@ def add_who(who) -> None:
 
 def add_elsewhere(group) -> None:
     """What an endpoint beyond this machine needs: consent, its key and its prices; ``group`` is an argument group."""
-    group.add_argument("--yes", action="store_true", help="send the images to an endpoint that is not on this machine")
+    group.add_argument("--yes", action="store_true", help="send images to an endpoint that is not on this machine")
     group.add_argument("--api-key-env", metavar="NAME", help="environment variable that holds the endpoint's key")
     group.add_argument("--price-input", type=float, metavar="P", help="price of a million input tokens, to estimate the cost")
     group.add_argument("--price-output", type=float, metavar="P", help="price of a million output tokens")

@@ -11,7 +11,7 @@ from sonovqa.cli import UserError
 
 LARGEST = 20_000  # bytes of a committed record
 CURVE_POINTS = 20  # of a training curve; with scores beside it half as many
-BESIDE = ("majority", "blind", "base", "references")  # what a score stands beside
+BESIDE = ("majority", "blind", "base", "references", "beyond references")  # what a score stands beside
 LEFT_OUT = ("check_items", "live")  # only the machine that ran it needs them
 #: Scores kept of an evaluated question beside its headline, and of its label probabilities.
 SCORES = ("accuracy", "sensitivity", "specificity", "F1", "complete", "coherent")
@@ -50,10 +50,15 @@ def slim_scores(scores: Mapping) -> dict:
         "overall": _metrics(scores["overall"]["metrics"]),
         "questions": {kind: _question(about) for kind, about in scores["questions"].items()},
         **({"report": _metrics(scores["report"]["metrics"])} if "report" in scores else {}),
-        **({"coherent": _figure(scores["coherence"]["coherent"])} if "coherence" in scores else {}),
+        **({"coherent": _coherent(scores["coherence"])} if "coherence" in scores else {}),
         "speed": scores["speed"],
         "finished": scores["finished"],
     }
+
+
+def _coherent(about: Mapping) -> dict:
+    """Beside it the references' own, and what it is where only contradictions count that the references do not hold."""
+    return _figure(about["coherent"] | {"beyond references": about["beyond_references"]})
 
 
 def _question(about: Mapping) -> dict:

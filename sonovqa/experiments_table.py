@@ -51,7 +51,7 @@ def rows(found: Mapping[str, Mapping], specs: Sequence[str]) -> list[list[str]]:
         found: records by file name (`experiments_records.record_of`).
         specs: the scores to show, see `figure_of`.
     """
-    head = ["run", "model", "data", *(_heading(spec, found.values()) for spec in specs), "seeds", "trained", "answers/s"]
+    head = ["run", "model", "data", *(_heading(spec, found.values()) for spec in specs), "seeds", "trained", "trained answers/s"]
     head += ["time", "peak memory", "command", "date", "record"]
     return [head, *(_row(name, same, specs) for name, same in configurations(found).items())]
 

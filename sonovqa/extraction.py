@@ -16,7 +16,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from sonovqa.extraction_units import FREQUENCIES, UNITS
+from sonovqa.extraction_units import FREQUENCIES, SPELLINGS, UNITS, WITH_CASE
 from sonovqa.metrics import Score, mean
 
 ANSWER_TYPE = "extraction"
@@ -30,12 +30,23 @@ QUESTIONS = {
 }
 _NAMES = ("name", "medication", "drug", "test", "parameter", "analyte", "measurement", "finding", "diagnosis")
 _AMOUNTS = ("value", "dose", "dosage", "strength", "result")
-_NUMBER = r"[<>]?=?\s*-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?"
-_QUANTITY = re.compile(rf"({_NUMBER}(?:\s*/\s*\d+(?:\.\d+)?)?)(?:\s*(.*))?", re.DOTALL)
+_NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+#: Sign, number, how a second one is joined to it (``120/80``, ``10-15``, ``10 to 15``), that one, and the unit.
+_QUANTITY = re.compile(rf"([<>]?=?)\s*(-?{_NUMBER})(?:\s*(/|-|–|to)\s*({_NUMBER}))?(?:\s*(.*))?", re.DOTALL)
 _NOT_MEASURED = {"s", "ms", "min", "h", "days", "weeks", "months", "years", "tablets", "capsules", "drops", "puffs", ""}
-_PROSE_UNITS = [u for u in UNITS if u in ("%", "g") or (len(u) > 1 and UNITS[u] not in _NOT_MEASURED)]  # "m", "c" are words
-_UNIT_WORDS = "|".join(re.escape(u) for u in sorted(_PROSE_UNITS, key=len, reverse=True))
-_IN_PROSE = re.compile(rf"(?<![\w.,/-])({_NUMBER}(?:\s?/\s?\d+(?:\.\d+)?)?)\s?-?({_UNIT_WORDS})(?![\w/])", re.IGNORECASE)
+_PROSE_UNITS = [
+    u for u, name in SPELLINGS.items() if u in ("%", "g") or (len(u) > 1 and name not in _NOT_MEASURED)
+]  # "m" is a word
+_AS_WRITTEN = {"/": r"\s?(?:/|per)\s?", " ": r"\s?", "u": "[uµμ]"}
+_UNIT_WORDS = "|".join(
+    "".join(_AS_WRITTEN.get(letter, re.escape(letter)) for letter in u) for u in sorted(_PROSE_UNITS, key=len, reverse=True)
+)
+_IN_PROSE = re.compile(
+    rf"(?<![\w.,/–-])([<>]?=?\s*-?{_NUMBER}(?:\s?(?:/|-|–|to)\s?{_NUMBER})?)\s?-?({_UNIT_WORDS}|(?-i:[CF]))(?![\w/])",
+    re.IGNORECASE,
+)
+#: Between which a bare C or F is a temperature: "a 6 F sheath" and "36 F" are French sizes.
+_TEMPERATURES = {"C": (30, 43), "F": (90, 110)}
 
 
 @lru_cache(maxsize=1 << 16)
@@ -135,11 +146,11 @@ def _item(node: dict, outer: str) -> Iterator[tuple]:
     if name:
         yield "term", outer, "name", name
     if time := lowered.pop("time", None):
-        name = f"{name} at {plain(str(time))}"
+        name = f"{name} at {_time(str(time))}"
     unit = lowered.pop("unit", lowered.pop("units", None)) or ""
     for key, value in lowered.items():
         if key in _AMOUNTS and isinstance(value, int | float | str) and not isinstance(value, bool):
-            value = f"{value} {unit}"
+            value = _with_unit(str(value), str(unit))
         inside = name or outer
         if not inside and not isinstance(value, dict | list) and key not in _AMOUNTS:
             inside, key = plain(key), "value"  # {"potassium": "5.9 mmol/L"}
@@ -147,27 +158,47 @@ def _item(node: dict, outer: str) -> Iterator[tuple]:
         yield from _walk(value, inside, key)
 
 
+def _with_unit(amount: str, unit: str) -> str:
+    """An amount and the unit beside it, which stands there once where the amount ends in it already."""
+    own = quantity(amount, known=False)
+    return amount if own and own[1] and own[1] == quantity(f"0 {unit}", known=False)[1] else f"{amount} {unit}"
+
+
+def _time(text: str) -> str:
+    """``8:00``, ``0800`` and ``8:00 AM`` as ``08:00``; what is no time of day stays."""
+    found = re.fullmatch(r"(\d{1,2}):?([0-5]\d)(?::[0-5]\d)?\s*(?:([ap])\.?m|h|hrs|hours)?", plain(text))
+    if not found:
+        return plain(text)
+    hour = int(found[1]) % 12 + 12 * (found[3] == "p") if found[3] else int(found[1])
+    return f"{hour:02}:{found[2]}"
+
+
 @lru_cache(maxsize=1 << 16)
 def quantity(text: str, known: bool = True) -> tuple[tuple[Decimal | str, ...], str] | None:
-    """``1,200 mg/dl`` as numbers and unit, ``((Decimal("1200"),), "mg/dl")``; ``120/80 mmHg`` has two numbers.
+    """``1,200 mg/dl`` as numbers and unit, ``((Decimal("1200"),), "mg/dl")``; ``120/80 mmHg`` has two numbers,
+    and so has ``10-15 mg``, with "to" before them.
 
     ``None`` if the text does not begin with a number, or with ``known`` if what follows it is no known unit; else such a unit
     stands as it is written. Trailing zeros mean nothing.
     """
     found = _QUANTITY.fullmatch(text.strip())
-    if not found or (unit(found[2] or "") is None and known):
+    if not found or (unit(found[5] or "") is None and known):
         return None
-    named = unit(found[2] or "")
-    named = plain(found[2]) if named is None else named
-    amount = found[1].replace(",", "").replace(" ", "")
-    sign = re.match(r"[<>]?=?", amount)[0]
-    numbers = tuple(Decimal(part).normalize() for part in amount.removeprefix(sign).split("/"))
-    return ((sign, *numbers) if sign else numbers), named
+    named = unit(found[5] or "")
+    named = plain(found[5]) if named is None else named
+    numbers = [Decimal(part.replace(",", "")).normalize() for part in (found[2], found[4]) if part]
+    signs = [found[1]] * bool(found[1]) + ["to"] * (found[3] not in (None, "/"))
+    return (*signs, *numbers), named
 
 
 def unit(text: str) -> str | None:
     """The one spelling of a unit (``mg/dL`` and ``MG / DL`` are ``mg/dl``), "" for none, ``None`` if it is not known."""
-    squeezed = re.sub(r"\s+", "", text).strip(".").casefold().replace("μ", "u").replace("µ", "u")
+    plainly = re.sub(r"\s+", "", re.sub(r"\bper\b", "/", text)).strip(".").replace("μ", "u").replace("µ", "u")
+    if plainly in WITH_CASE:
+        return WITH_CASE[plainly]
+    squeezed = re.sub("10([⁰¹²³⁴⁵⁶⁷⁸⁹]+)", lambda found: f"10^{found[1].translate(_RAISED)}", plainly.casefold()).replace(
+        "×", "x"
+    )
     return UNITS.get(squeezed, _BY_PARTS.get(_parts(squeezed)))
 
 
@@ -176,12 +207,19 @@ def _parts(unit: str) -> str:
     return "/".join(UNITS.get(part, part) for part in unit.split("/"))
 
 
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
 _BY_PARTS = {_parts(name): name for name in UNITS.values()}
 
 
 def quantities(text: str) -> list[tuple[str, str]]:
-    """Numbers with known units in prose, as written: ``[("120/80", "mmHg")]``."""
-    return [(found[1].strip(), found[2]) for found in _IN_PROSE.finditer(text)]
+    """Numbers with known units in prose, as written: ``[("120/80", "mmHg")]``. Ages and durations are none."""
+    return [(found[1].strip(), found[2]) for found in _IN_PROSE.finditer(text) if _is_measured(found[1], found[2])]
+
+
+def _is_measured(amount: str, unit: str) -> bool:
+    """Whether a bare C or F stands behind a temperature."""
+    least, most = _TEMPERATURES.get(unit, (-math.inf, math.inf))
+    return all(least <= float(number) <= most for number in re.findall(r"\d+(?:\.\d+)?", amount.replace(",", "")))
 
 
 def plain(text: str) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-#: One spelling and its synonyms, without case and spaces. Units of different size or meaning are never joined: mEq is not
-#: mmol, and no number is converted. Source of the spellings: UCUM (Unified Code for Units of Measure) and common lab reports.
+#: One spelling and its synonyms, without case; "per" is "/". Units of different size or meaning are never joined: mEq is not
+#: mmol, and no number is converted; mIU/L is uIU/mL, as both parts are a thousandth.
+#: Source of the spellings: UCUM (Unified Code for Units of Measure) and common lab reports.
 _SYNONYMS = {
     "": ("ratio", "units:none", "none", "n/a"),
     "mg": ("milligram", "milligrams", "mgs"), "g": ("gram", "grams", "gm", "gms"), "kg": ("kilogram", "kilograms", "kgs"),
@@ -14,24 +15,33 @@ _SYNONYMS = {
     "mg/dl": ("mg%", "mgs/dl"), "g/dl": ("gm/dl", "g%"), "g/l": (), "mg/l": (), "mcg/dl": ("ug/dl",), "mcg/l": ("ug/l",),
     "ng/ml": (), "ng/dl": (), "pg/ml": (), "pg": (), "fl": (), "ng/l": (), "mg/g": (), "ml/min": ("cc/min",),
     "mmol/l": ("mm/l", "millimol/l"), "mcmol/l": ("umol/l", "micromol/l"), "nmol/l": (), "pmol/l": (), "mmol": (),
-    "meq": (), "meq/l": (), "u/l": ("units/l",), "iu/l": (), "miu/l": ("mu/l",), "uiu/ml": ("mciu/ml",), "mosm/kg": (),
+    "meq": (), "meq/l": (), "u/l": ("units/l",), "iu/l": (), "miu/l": ("mu/l", "uiu/ml", "mciu/ml", "uu/ml"), "mosm/kg": (),
     "10^9/l": ("x10^9/l", "10*9/l", "10e9/l", "k/ul", "k/mcl", "10^3/ul", "x10^3/ul", "10*3/ul", "thou/ul", "10⁹/l", "x10⁹/l"),
     "10^12/l": ("x10^12/l", "10*12/l", "m/ul", "10^6/ul", "x10^6/ul", "10*6/ul", "mill/ul", "10¹²/l"),
     "mmhg": ("mm hg", "torr"), "cmh2o": ("cm h2o", "cmh₂o"), "kpa": (),
-    "bpm": ("beats/min", "beatsperminute", "beats/minute"), "/min": ("breaths/min", "permin", "breaths/minute"),
-    "%": ("percent", "pct"), "°c": ("c", "degc", "ºc", "celsius"), "°f": ("f", "degf", "ºf", "fahrenheit"),
+    "bpm": ("beats/min", "beats/minute"), "/min": ("breaths/min", "breaths/minute"),
+    "%": ("percent", "pct"), "°c": ("c", "deg c", "degrees c", "ºc", "celsius", "degrees celsius"),
+    "°f": ("f", "deg f", "degrees f", "ºf", "fahrenheit", "degrees fahrenheit"),
     "mm": ("millimeter", "millimeters"), "cm": ("centimeter", "centimeters", "cms"), "m": ("meters",), "cm2": ("cm²", "cm^2"),
     "m/s": ("m/sec",), "cm/s": ("cm/sec",), "kg/m2": ("kg/m²", "kg/m^2"), "l/min": ("lpm", "liters/min"), "l/min/m2": (),
     "mm/hr": ("mm/h",), "ml/hr": ("ml/h", "cc/hr", "ml/hour"), "mg/hr": ("mg/h",), "units/hr": ("u/hr", "units/h", "u/h"),
     "mcg/min": ("ug/min",), "mcg/hr": ("ug/hr", "mcg/h"), "mcg/kg/min": ("ug/kg/min",), "mcg/kg/hr": ("ug/kg/hr", "mcg/kg/h"),
-    "units/min": ("u/min",), "mg/kg": (), "mg/kg/hr": (), "ml/kg": (), "ml/min/1.73m2": ("ml/min/1.73m²", "ml/min/1.73m^2"),
+    "units/min": ("u/min",), "mg/kg": (), "mcg/kg": ("ug/kg",), "mg/kg/hr": (), "units/kg/hr": ("u/kg/hr",),
+    "mg/kg/day": ("mg/kg/d",), "ml/kg/day": ("ml/kg/d",), "mcg/kg/day": ("ug/kg/day",), "mg/day": ("mg/d", "mg/24h"),
+    "g/day": ("g/d", "g/24h"), "mcg/day": ("ug/day",),
+    "ml/day": ("ml/d",), "units/day": ("u/day",), "ml/kg": (), "ml/min/1.73m2": ("ml/min/1.73m²", "ml/min/1.73m^2"),
     "s": ("sec", "secs", "second", "seconds"), "ms": ("msec",), "min": ("minute", "minutes", "mins"),
     "h": ("hr", "hrs", "hour", "hours"), "days": ("day",), "weeks": ("week", "wks", "wk"), "months": ("month",),
     "years": ("year", "yr", "yrs"), "mg/ml": (), "mcg/ml": ("ug/ml",),
 }  # fmt: skip
 
-#: Spelling in lower case and without spaces -> the one spelling.
-UNITS = {other.replace(" ", ""): name for name, others in _SYNONYMS.items() for other in (name, *others)}
+#: Spelling in lower case -> the one spelling.
+SPELLINGS = {other: name for name, others in _SYNONYMS.items() for other in (name, *others)}
+#: The same without spaces.
+UNITS = {other.replace(" ", ""): name for other, name in SPELLINGS.items()}
+
+#: The few whose letters' case tells them from others: mM is no millimetre.
+WITH_CASE = {"mM": "mmol/l", "uM": "mcmol/l", "nM": "nmol/l", "pM": "pmol/l"}
 
 #: How often a medication is taken -> one wording. "qod" (every other day) and "od" (once daily) stay apart.
 FREQUENCIES = {

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from sonovqa.cli import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -67,6 +69,16 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path):
     """Read a JSON file. Raises ``OSError`` and ``json.JSONDecodeError``."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_made(path: Path):
+    """`read_json` of a file that this project wrote. Raises `UserError` where it is no JSON, as one that was cut off."""
+    try:
+        return read_json(path)
+    except ValueError as fault:
+        raise UserError(
+            f"the file is no whole JSON; {path}: {fault}; one that was written here; put it back or move it away"
+        ) from None
 
 
 def sha256(*parts: bytes | str) -> str:

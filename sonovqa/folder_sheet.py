@@ -6,6 +6,7 @@ Answers go to ``<out>.answers.jsonl`` as they come; the workbook is written from
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from sonovqa import answers, chat, cli, files, images, predictions, prompt_variants, records
+from sonovqa import answers, chat, cli, endpoint_cost, files, images, predictions, prompt_variants, records
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine, ImageRequest
 from sonovqa.questions import QUESTIONS
@@ -92,13 +93,12 @@ def fill(
     found, problems = find_images(folder), {}
     settings = settings_of(engine.name, variant, max_new_tokens, context)
     rows, journal = check_out(out, settings), journal_of(out)
-    stamps = {image.image_id: list(image.stamp) for image in found}
-    kept = predictions.latest(row for row in rows if "image_id" in row and stamps.get(row["image_id"]) == row["file"])
+    stamps, kept = {image.image_id: list(image.stamp) for image in found}, _kept(found, rows)
     asked = 0
     with predictions.Log(journal) as log, Progress(console=cli.stderr, transient=True) as bar:
         if not rows:
             log.append({"settings": settings})
-        done = {key for key, row in kept.items() if row["error"] is None}
+        done = answered(found, rows)
         task = bar.add_task("answers", total=len(found) * len(QUESTIONS), completed=len(done))
         for reply in engine.answer(requests(found, done, variant, context, problems), max_new_tokens):
             key = reply.image_id, reply.question_id
@@ -109,8 +109,31 @@ def fill(
         table = [row_of(image, kept, problems, variant) for image in found]
         write_workbook(out, table, settings)
         log.append({"wrote": files.sha256(out.read_bytes())})
-    answered = sum(row[2] == "answered" for row in table)
-    return {"images": len(found), "answered": answered, "failed": len(found) - answered, "asked": asked}
+    full = sum(row[2] == "answered" for row in table)
+    return {"images": len(found), "answered": full, "failed": len(found) - full, "asked": asked}
+
+
+def check(args: argparse.Namespace) -> None:
+    """Whether inference.py may ask and write: `endpoint_cost.consent` to what an endpoint elsewhere is still to be sent.
+
+    Raises:
+        UserError: as `find_images`, `check_out` and `consent` do.
+    """
+    found = find_images(args.folder)
+    rows = check_out(args.out, settings_of(args.run, args.prompts, args.max_new_tokens, args.context))
+    if args.endpoint:
+        left = requests(found, answered(found, rows), args.prompts, args.context, {})
+        endpoint_cost.consent(args, endpoint_cost.of_requests(left, args.max_new_tokens))
+
+
+def answered(found: list[Found], rows: list[dict]) -> set[predictions.Key]:
+    """The questions that the journal's ``rows`` (`check_out`) answer, of files that have not changed since."""
+    return {key for key, row in _kept(found, rows).items() if row["error"] is None}
+
+
+def _kept(found: list[Found], rows: list[dict]) -> dict[predictions.Key, dict]:
+    stamps = {image.image_id: list(image.stamp) for image in found}
+    return predictions.latest(row for row in rows if "image_id" in row and stamps.get(row["image_id"]) == row["file"])
 
 
 def settings_of(name: str | None, variant: str, max_new_tokens: int, context: str | None) -> dict:

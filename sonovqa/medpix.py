@@ -68,7 +68,8 @@ def _original(root: Path, official: bool) -> Loaded:
             f"the descriptions cannot be read; {root / DESCRIPTIONS}: {fault!r}; MedPix 2.0 as released; mend --root"
         ) from None
     folder, drops, records = ImageFolder(root), {}, {}
-    for name, case, kind, description in rows:
+    for name, case, kind, described in rows:
+        description = described if isinstance(described, dict) else {}  # a null: nothing is told of the image
         try:
             image_id, path = folder.find("images", str(name))
         except NotFoundError as reason:

@@ -1,18 +1,21 @@
 """Whether a model fits the memory at hand, told from its headers before a single weight is loaded.
 
-The estimate is of what cannot be done without: weights, what training keeps beside them, activations of one micro-batch.
-So a model that is refused here would not have run; one that is let through may still run out with long sequences.
+The estimate is of weights, what training keeps beside them, and activations of one micro-batch; for training it is held to
+within 25 % of what was measured (tests/test_memory.py). So a model that is refused here might just have fitted, and one that is
+let through may still run out with long sequences: a smaller ``--batch`` or ``--max-pixels`` needs less.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from sonovqa import weights
+from sonovqa import devices, families, weights
 from sonovqa.cli import UserError
+from sonovqa.questions import QUESTIONS, REPORT_ID, YES_NO_TASK
 from sonovqa.weights import Tensor
 
 BITS = (16, 8, 4)
@@ -25,7 +28,15 @@ BYTES = ("U8", "I8")  # types of weights that are stored quantised already
 CUDA_CONTEXT = 500e6  # bytes that CUDA's context and kernels take before any tensor
 #: Parts of names of tables of two dimensions that are no linear layer's.
 TABLES = ("embed", "embedding", "shared.weight")
-QUESTION_TOKENS = 300  # of system text, question and answer, beside an image
+#: Tokens beside an image: of system text, of a question with its answer, and of the longest one, to which others are padded.
+#: Those of phantoms with Qwen3-VL's tokenizer (outputs/records/bench-train-h200.json).
+SYSTEM_TOKENS, QUESTION_TOKENS, LONGEST_TOKENS, ANSWER_TOKENS = 26, 20, 36, 8
+USUAL_PIXELS = 800 * 600  # of an image where no limit is given: a frame of an ultrasound machine
+#: Numbers a token and hidden unit that a layer keeps for the backward pass (Korthikanti et al. 2022, arXiv:2205.05198, section
+#: 4.1, 34 bytes in 16 bits, attention without its score matrix), and that live at once while one layer is gone back through,
+#: as measured (bench-train-h200.json).
+KEPT_OF_A_LAYER, ONE_LAYER = 17, 44
+LOGIT_BYTES = 14  # a logit in 16 bits and in fp32, its softmax and its gradient
 
 
 @dataclass(frozen=True)
@@ -39,6 +50,9 @@ class Training:
         optimizer: train.py's ``--optimizer``; ``None``: its default for the device.
         checkpointing: whether activations are recomputed where there is CUDA.
         merge: whether 16-bit weights are put together in main memory at the end.
+        questions: of a sequence: all of an image, or one.
+        unsloth: whether Unsloth trains; without it what is not quantised is put into fp32 beside what is.
+        parked: whether hidden states of recomputed layers wait in main memory (`devices.recomputing`).
     """
 
     rank: int
@@ -47,6 +61,20 @@ class Training:
     optimizer: str | None
     checkpointing: bool
     merge: bool = True
+    questions: int = len(QUESTIONS)
+    unsloth: bool = True
+    parked: bool = True
+
+
+def of_run(args: argparse.Namespace, family: families.Family, backend: str) -> Training:
+    """What train.py's arguments ask for, with the family's own way of batching and the backend that was chosen."""
+    shared = args.batching == "shared" and family.shares_prefix
+    many, unsloth = args.task == REPORT_ID or (shared and args.task in ("all", YES_NO_TASK)), backend == "unsloth"
+    return Training(
+        rank=0 if args.full else args.rank, images=args.batch, pixels=args.max_pixels, optimizer=args.optimizer,
+        checkpointing=args.checkpointing, merge=args.merge, questions=len(QUESTIONS) if many else 1, unsloth=unsloth,
+        parked=unsloth and devices.recomputing(args.checkpointing) == "unsloth",
+    )  # fmt: skip
 
 
 def is_linear(name: str) -> bool:
@@ -94,19 +122,59 @@ def trained_bytes(tensors: dict[str, Tensor], how: Training, element: int) -> fl
     return sum(how.rank * sum(t.shape) for t in linear) * (4 + 4 + state)
 
 
-def activation_bytes(config: dict, how: Training, element: int) -> float:
-    """Bytes of activations of one micro-batch: with checkpointing a hidden state a layer and one layer's own, else all layers'.
+def training_bytes(tensors: dict[str, Tensor], config: Mapping, how: Training, element: int) -> dict[int, float]:
+    """Most bytes of tensors while training, by the bits that can be trained in; arguments as of `weight_bytes`."""
+    beside = trained_bytes(tensors, how, element) + activation_bytes(config, how, element)
+    # Without Unsloth: peft's prepare_model_for_kbit_training puts what is not quantised into fp32.
+    left = {bits: element if how.unsloth or bits == 16 else 4 for bits in (BITS if how.rank else (16,))}
+    return {bits: weight_bytes(tensors, bits, left[bits], config) + beside for bits in left}
 
-    Source: Korthikanti et al. 2022, arXiv:2205.05198, section 4.1 (34 bytes a token and hidden unit in 16 bits), attention
-    without its score matrix.
+
+def activation_bytes(config: Mapping, how: Training, element: int) -> float:
+    """Bytes of activations of one micro-batch: what all layers keep, and the most of one step back.
+
+    Every layer keeps `KEPT_OF_A_LAYER`, with checkpointing its input only, and nothing on the device where that is parked. Going
+    back through a layer of the language model, through one of the tower and through the logits follow one another.
     """
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
-    hidden, layers = text.get("hidden_size", 0), text.get("num_hidden_layers", 0)
-    side = vision.get("patch_size", 14)
-    side = (side[0] if isinstance(side, list) else side) * vision.get("spatial_merge_size", 2)
-    tokens = how.images * ((how.pixels / side**2 if how.pixels else 0) + QUESTION_TOKENS)
-    layer = tokens * hidden * 17 * element
-    return tokens * hidden * layers * element + layer if how.checkpointing else layer * layers
+    tokens, patches = image_work(config, how.pixels)
+    tokens += SYSTEM_TOKENS + (how.questions * QUESTION_TOKENS if how.questions > 1 else LONGEST_TOKENS)
+    width = text.get("hidden_size", text.get("d_model", 0))
+    depth, tower = _total(vision.get("depth", vision.get("num_hidden_layers", 0))), _most(vision, "embed_dim", "hidden_size")
+    each = KEPT_OF_A_LAYER if not how.checkpointing else 0 if how.parked else 1
+    kept = each * (tokens * width * text.get("num_hidden_layers", 0) + patches * tower * depth)
+    logits = how.questions * ANSWER_TOKENS * text.get("vocab_size", 0) * LOGIT_BYTES
+    return how.images * (kept * element + max(logits, ONE_LAYER * element * max(tokens * width, patches * tower)))
+
+
+def image_work(config: Mapping, pixels: int | None) -> tuple[float, float]:
+    """Tokens of an image among the text's, and patches that its tower sees.
+
+    Args:
+        config: config.json.
+        pixels: most pixels of an image, or ``None``: `USUAL_PIXELS`. Families that resize every image to one size have theirs.
+    """
+    text, vision = config.get("text_config") or config, config.get("vision_config") or {}
+    side = _most(vision, "patch_size") or 14
+    if not vision:
+        return 0, 0
+    if "spatial_merge_size" in vision:
+        patches = (pixels or USUAL_PIXELS) / side**2
+        return patches / vision["spatial_merge_size"] ** 2, patches
+    patches = (_most(vision, "image_size") or 336) ** 2 / side**2 * vision.get("max_num_tiles", 1)
+    if "cross_attention_layers" in text:  # Llama 3.2 Vision: the image is attended to, and no part of the text
+        return 0, patches
+    return config.get("mm_tokens_per_image") or config.get("num_query_tokens") or patches, patches
+
+
+def _most(config: Mapping, *names: str) -> int:
+    """The first of these that is set; of a list, as towers of several stages have, the largest."""
+    found = next((config[name] for name in names if config.get(name)), 0)
+    return max(found) if isinstance(found, list | tuple) else found
+
+
+def _total(depth: int | Sequence[int]) -> int:
+    return sum(depth) if isinstance(depth, list | tuple) else depth
 
 
 def free(cuda: bool) -> int:
@@ -153,8 +221,7 @@ def check_training(name: str, bits: int, how: Training) -> None:
     optimizer = how.optimizer or ("adamw_8bit" if cuda else "adamw_torch")
     how = replace(how, optimizer=optimizer, checkpointing=how.checkpointing and cuda)
     config = weights.config_of(name)
-    beside = trained_bytes(tensors, how, element) + activation_bytes(config, how, element) + CUDA_CONTEXT * cuda
-    need = {b: weight_bytes(tensors, b, element, config) + beside for b in (BITS if how.rank else (16,))}
+    need = {b: told + CUDA_CONTEXT * cuda for b, told in training_bytes(tensors, config, how, element).items()}
     room = free(cuda)
     if how.rank == 0 and need[16] > room:
         raise UserError(f"--full; training all weights of {name} needs about {gigabytes(need[16])}; {_place(room, cuda)}; "

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from sonovqa import images, weighting
+from sonovqa import chat, choice, confidence, images, weighting
 from sonovqa.cli import UserError, console
 from sonovqa.weighting import Sample, Weighting
 
 PLAIN = Weighting()
+
+
+def weighting_of(args: argparse.Namespace) -> Weighting:
+    """What train.py's flags say of how much each answer counts. Raises `UserError` for weights of another form."""
+    questions = weighting.parse_question_weights(args.question_weights)
+    return Weighting(args.loss_mean, questions, args.balance, args.balance_question)
+
+
+def check_weighting(args: argparse.Namespace) -> None:
+    """Whether train.py's flags weigh questions that the training split asks, before a model is loaded.
+
+    Raises:
+        UserError: as `weighting.check_asked` does.
+    """
+    from sonovqa import dataset
+
+    how = weighting_of(args)
+    if not how.questions and how.balance == "none":
+        return
+    kinds = {}
+    for questions in dataset.load_undecoded(args.data)["train"]["questions"]:
+        if args.head == choice.CHOICE:
+            found = [confidence.closed_kind(entry) for entry in questions if entry["answer"] and chat.is_asked(entry, args.task)]
+        else:
+            found = [one["question_id"] for one in chat.tasks_of({"questions": questions}, args.task)]
+        kinds |= dict.fromkeys(kind for kind in found if kind)
+    weighting.check_asked(how, list(kinds), list(kinds))
 
 
 @dataclass(frozen=True)

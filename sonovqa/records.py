@@ -235,9 +235,9 @@ def write_run(folder: Path, record: dict) -> Path:
 
 
 def read_run(folder: Path) -> dict | None:
-    """The record of a finished run, or ``None``."""
+    """The record of a finished run, or ``None``. Raises `UserError` if it is no JSON."""
     path = Path(folder) / "run.json"
-    return files.read_json(path) if path.exists() else None
+    return files.read_made(path) if path.exists() else None
 
 
 def run_behind(path: str | Path | None) -> dict | None:

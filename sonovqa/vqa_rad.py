@@ -52,14 +52,15 @@ def _original(root: Path, official: bool) -> Loaded:
             f"the annotations cannot be read; {root / ANNOTATIONS}: {fault}; the original release; mend --root"
         ) from None
     folder, drops, records = ImageFolder(root), {}, {}
-    for name, organ, split, entry in rows:
+    for number, (name, organ, split, entry) in enumerate(rows):
         try:
-            image_id, path = folder.find(IMAGES, name)
+            image_id, path = folder.find(IMAGES, str(name))
         except NotFoundError as reason:
             drops.setdefault(str(reason), []).append(f"{name}: question {entry.get('qid')}")
             continue
-        text, answer, kind = (_text(entry[key]) for key in ("question", "answer", "answer_type"))
-        asked = question(str(entry["qid"]), answer, text, kind.casefold())
+        text, answer, kind = (_text(entry.get(key)) for key in ("question", "answer", "answer_type"))
+        asked = question(str(entry.get("qid", f"entry {number}")), answer, text, kind.casefold() or derived_type(text, answer))
+        organ = _text(organ) or "unknown"
         _add(records, Record(image_id, path, organ, "", [], split=split if official else ""), asked, drops)
     loaded = Loaded(list(records.values()), drops, {"kind": "vqa-rad", "root": str(root), "licence": "CC0-1.0"})
     loaded.notes.append(official_leak([(name, split) for name, _, split, _ in rows]))

@@ -69,6 +69,22 @@ def parse_question_weights(texts: Sequence[str]) -> dict[str, float]:
     return made
 
 
+def check_asked(how: Weighting, asked: Sequence[str], with_classes: Sequence[str]) -> None:
+    """Whether the split asks what is weighed.
+
+    Args:
+        asked: question ids. with_classes: those of them with answers that have a class.
+
+    Raises:
+        UserError: if a question weight names another one, or the target of a balance is another one.
+    """
+    unknown = sorted(set(how.questions) - set(asked))
+    if unknown:
+        raise UserError(f"--question-weights {unknown[0]}; not asked in this split; {', '.join(asked[:12])} are; choose one")
+    if how.balance != "none" and how.target not in with_classes:
+        raise UserError(f"--balance-question {how.target}; not asked in this split; {', '.join(asked[:12])} are; choose one")
+
+
 def weigh(samples: Sequence[Sample], how: Weighting) -> list[float]:
     """The loss weight of each token of each sample; a step's loss is divided by the sum over its tokens.
 
@@ -78,17 +94,8 @@ def weigh(samples: Sequence[Sample], how: Weighting) -> list[float]:
     Raises:
         UserError: if a question weight names no question of the split, or the target of a balance is never asked.
     """
-    asked = Counter(sample.question_id for sample in samples)
-    unknown = sorted(set(how.questions) - set(asked))
-    if unknown:
-        raise UserError(
-            f"--question-weights {unknown[0]}; not asked in this split; {', '.join(list(asked)[:12])} are; choose one"
-        )
-    classes = _classes(samples, how.target)
-    if how.balance != "none" and not classes:
-        raise UserError(
-            f"--balance-question {how.target}; not asked in this split; {', '.join(list(asked)[:12])} are; choose one"
-        )
+    asked, classes = Counter(sample.question_id for sample in samples), _classes(samples, how.target)
+    check_asked(how, list(asked), [how.target] if classes else [])
     made = []
     for sample in samples:
         weight = how.questions.get(sample.question_id, 1.0)

@@ -19,12 +19,12 @@ def _qwen2_5_vl_7b():
     return Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
-def _qwen3_vl_8b():
+def _qwen3_vl(size: str = "8B"):
     from transformers import Qwen3VLForConditionalGeneration
 
     from sonovqa import architectures
 
-    return Qwen3VLForConditionalGeneration, architectures.config("8B")
+    return Qwen3VLForConditionalGeneration, architectures.config(size)
 
 
 def _llama_3_2_11b_vision():
@@ -50,18 +50,22 @@ def _llava_1_5_7b():
 
 MODELS = {
     "Qwen2.5-VL-7B": _qwen2_5_vl_7b,
-    "Qwen3-VL-8B": _qwen3_vl_8b,
+    "Qwen3-VL-8B": _qwen3_vl,
     "Llama-3.2-11B-Vision": _llama_3_2_11b_vision,
     "LLaVA-1.5-7B": _llava_1_5_7b,
 }
 
 
+#: Others that training was measured with.
+TRAINED = {"2B": functools.partial(_qwen3_vl, "2B"), "8B": _qwen3_vl}
+
+
 @functools.cache
 def meta_model(name: str):
-    """One of `MODELS` without its numbers."""
+    """One of `MODELS` or `TRAINED` without its numbers."""
     import torch
 
-    kind, config = MODELS[name]()
+    kind, config = (MODELS | TRAINED)[name]()
     with torch.device("meta"):
         return kind(config)
 

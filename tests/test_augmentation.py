@@ -168,6 +168,7 @@ def test_where_weeks_or_lengths_are_asked_the_frame_stays_and_nothing_in_it_is_l
         made = [augment(frame, asked, None, "basic", np.random.default_rng(seed))[0] for seed in range(6)]
         assert {i.size for i in made} == {frame.size} and len({i.tobytes() for i in made}) > 3
         assert {int(np.asarray(i).astype(int).sum()) for i in made} == {int(np.asarray(frame).astype(int).sum())}
+    assert not allowed([question("Q5", "20-25 weeks")], None).stretch, "weeks are read off sizes"
     assert not allowed([question("Q4", "HC 68.8 mm")], None).stretch and allowed([question("Q4", "HC, BPD")], None).stretch
 
 

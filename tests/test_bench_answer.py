@@ -197,6 +197,7 @@ def test_what_vllms_log_states_is_read(tmp_path):
         (("--model", "a", "--in-flight", "0", "4"), "--in-flight 0; must be 1 or more"),
         (("--run", "tests"), "no run of train.py"),
         (("--model", "a", "b", "--endpoint", "http://x/v1"), "serves one model"),
+        (("--engines", VLLM, "--endpoint", "http://127.0.0.1:9/v1", "--bits", "16", "8", "4"), "a server has one precision"),
         (("--model", "a", "--data", "/no/such/set"), "no data set there"),
     ],
 )
@@ -204,6 +205,13 @@ def test_wrong_arguments_are_one_line(words, told, tmp_path):
     with pytest.raises(UserError, match=told):
         bench(tmp_path / "r.json", *words)
     assert not os.listdir(tmp_path)
+
+
+def test_a_record_that_was_cut_off_is_one_line(tmp_path):
+    record = tmp_path / "r.json"
+    record.write_text('{"benchmark": "answer", "rows": [')
+    with pytest.raises(UserError, match=r"the file is no whole JSON; .*r.json.*move it away"):
+        bench(record, "--model", "tiny", "--rows", 1, "--size", "32x24")
 
 
 def test_a_run_is_its_base_its_adapter_and_its_merged_weights(tmp_path):

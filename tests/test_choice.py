@@ -234,3 +234,11 @@ def test_a_question_is_known_by_its_id_or_its_wording(head):
     assert choosing.kind_of(other, "18", "Is it left or right?") is None
     assert choosing.softmax({"a": -900.0, "b": -900.0}) == {"a": 0.5, "b": 0.5}
     assert Reply("a", "Q7", "x").probabilities is None
+
+
+@pytest.mark.parametrize("name", ["run.json", choice.FILE, f"adapter/{choice.FILE}"])
+def test_a_head_in_a_file_that_was_cut_off_is_one_line(tmp_path, name):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / name).write_text('{"head": {')
+    with pytest.raises(UserError, match="no whole JSON"):
+        choice.behind(tmp_path)

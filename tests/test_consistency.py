@@ -343,3 +343,18 @@ def test_compare_knows_the_probabilities_of_both(tmp_path, capsys):
     (made,) = json.loads((tmp_path / "c.json").read_text())["comparisons"].values()
     assert made["questions"]["Q7"]["sensitivity at specificity 0.90"]["interval"][0] > 0
     assert "sensitivity at specificity 0.90" in capsys.readouterr().out
+
+
+def test_compare_knows_a_choice_run_s_probabilities_beside_generation_s(tmp_path):
+    """A choice head's stand with its answers in predictions.jsonl, and no confidence.jsonl is written."""
+    rows, truth = q7_rows(200)
+    luck = np.random.default_rng(3).normal(0, 0.1, 200)
+    likely = np.clip(0.4 + 0.3 * truth + luck, 0.01, 0.99)
+    an_evaluation(tmp_path / "generated", rows, np.clip(0.4 + 0.05 * truth + luck, 0.01, 0.99))
+    (tmp_path / "choice").mkdir()
+    told = [row | {"probabilities": {"abnormal": p, "normal": 1 - p}} for row, p in zip(rows, likely.tolist(), strict=True)]
+    (tmp_path / "choice" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    (made,) = comparing.compare_with_first([tmp_path / "generated", tmp_path / "choice"], "test", 200, 1)
+    found = made["questions"]["Q7"]
+    assert found["AUROC"]["first"] < 0.8 < 0.95 < found["AUROC"]["second"] and found["AUROC"]["interval"][0] > 0
+    assert {"average precision", "sensitivity at specificity 0.90"} <= set(found)

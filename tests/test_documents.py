@@ -70,10 +70,43 @@ def test_a_value_counts_only_with_its_unit():
         ("4.2 10^9/L", "4.2 K/uL", True), ("37.0 °C", "37 C", True), ("37 °C", "37 °F", False), ("5 mL/hr", "5 cc/h", True),
         ("<0.01 ng/mL", "0.01 ng/mL", False), ("1,000 units", "1000 units", True), ("10 units", "10 mL", False),
         ("120/80 mmHg", "80/120 mmHg", False), ("55%", "55 percent", True), ("3 mmol/L", "3 mEq/L", False),
+        (".5 mg", "0.5 mg", True), ("4.2 x10³/µL", "4.2 10^3/uL", True), ("4.2 × 10³/µL", "4.2 K/uL", True),
+        ("2 mIU/L", "2 uIU/mL", True), ("16 breaths per minute", "16 /min", True), ("90 mg per dL", "90 mg/dL", True),
+        ("5 mM", "5 mmol/L", True), ("5 mM", "5 mm", False), ("5 MM", "5 mm", True), ("5 µM", "5 umol/L", True),
+        ("10-15 mg", "10 to 15 mg", True), ("10-15 mg", "10/15 mg", False), ("10-15 mg", "15 mg", False),
     ],
 )  # fmt: skip
 def test_units_and_numbers(one, other, same):
     assert (extraction.quantity(one) == extraction.quantity(other)) is same and extraction.quantity(one)
+
+
+def test_a_unit_said_twice_counts_once_and_another_one_is_wrong():
+    drug, pressure = '{"medications": [{"name": "Metformin", "dose": "500 mg"%s}]}', '{"values": [{"name": "BP", "value": %s}]}'
+    assert extraction.score(drug % "", drug % ', "unit": "mg"')["combined"] == 1
+    assert extraction.score(drug % "", drug % ', "unit": "mcg"')["value_f1"] == 0
+    assert extraction.score(pressure % '"120/80", "unit": "mmHg"', pressure % '"120/80 mmHg", "unit": "mm Hg"')["combined"] == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "same"),
+    [("8:00", True), ("0800", True), ("8:00 AM", True), ("08:00:00", True), ("8:00 pm", False), ("18:00", False)],
+)
+def test_a_time_counts_however_it_is_written(said, same):
+    row = '{"values": [{"name": "Pulse", "time": "%s", "value": 80, "unit": "bpm"}]}'
+    assert (extraction.score(row % "08:00", row % said)["value_f1"] == 1) is same
+
+
+def test_values_in_prose_are_whole_and_no_ages_or_durations():
+    text = (
+        "A 54-year-old, 98.6 F or 37.0 C, after 3 weeks, 120/80 mm Hg, 5 mg/kg/day, 10-15 mg, .5 mg of it, 2 to 3 cm and a 5-mm "
+        "node, 50 µg, 80 beats per minute; a 6 F sheath, C4-5 level, 2 tablets, 99 degrees F, sodium 140 mEq/L."
+    )
+    assert extraction.quantities(text) == [
+        ("98.6", "F"), ("37.0", "C"), ("120/80", "mm Hg"), ("5", "mg/kg/day"), ("10-15", "mg"), (".5", "mg"), ("2 to 3", "cm"),
+        ("5", "mm"), ("50", "µg"), ("80", "beats per minute"), ("99", "degrees F"), ("140", "mEq/L"),
+    ]  # fmt: skip
+    assert all(extraction.quantity(" ".join(found)) for found in extraction.quantities(text)), "what is asked can be read"
+    assert "no ages, no durations" in documents.VALUES_IN_PROSE
 
 
 def test_medications_are_whole_or_wrong():

@@ -10,14 +10,17 @@ import json
 import threading
 
 import pytest
+from conftest import noise_image
 from evaluating import data, no_report  # noqa: F401 - fixtures
 from keys_and_ports import no_keys  # noqa: F401 - a fixture
 from page_serving import png
 from stand_in import StandIn, complete, send
 
 import evaluate
-from sonovqa import bench_caches, chat, choosing, endpoint_cost, files
+import inference
+from sonovqa import bench_answer, bench_caches, bench_load, bench_scores, chat, choosing, cli, endpoint_cost, files
 from sonovqa.asking import Item
+from sonovqa.bench_worker import Scoring
 from sonovqa.choice import Head, Label
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Endpoint
@@ -80,6 +83,52 @@ def test_nothing_is_sent_without_consent_and_the_cost_is_told(data, tmp_path, aw
         assert evaluate.main(words(server, data, tmp_path / "e")) == 0 and len(server.bodies) == sent, "nothing left to agree to"
     scores = files.read_json(tmp_path / "e" / "scores.json")
     assert scores["questions"]["Q7"]["n"] == 6
+
+
+def picture_requests(server: StandIn) -> int:
+    return sum("image_url" in json.dumps(body) for body in server.bodies)
+
+
+@pytest.mark.parametrize(
+    ("bench", "flags", "told"),
+    [(bench_answer, ("--engines", "vllm", "--in-flight", "1", "2"), "64 requests"),  # 2 levels of 16, and their warm-ups
+     (bench_load, ("--users", "1", "2", "--requests", "10"), "20 requests")],
+)  # fmt: skip
+def test_a_benchmark_sends_nothing_without_consent(bench, flags, told, tmp_path, away, capsys):
+    parser = cli.Parser()
+    bench.add_arguments(parser)
+    with StandIn(lambda prompt, attempt: "normal") as server:
+        asked = ["--endpoint", server.url, "--rows", "2", "--size", "32x24", "--record", str(tmp_path / "r.json"), *flags]
+        with pytest.raises(UserError, match=r"2 images and their questions leave this machine for 127.0.0.1.*add --yes"):
+            bench.run(parser.parse_args(asked))
+        assert picture_requests(server) == 0 and f"{told}: about" in capsys.readouterr().out
+        with pytest.raises(UserError, match=r"--price-input -1\.0; must be 0 or more"):
+            bench.run(parser.parse_args([*asked, "--price-input", "-1"]))
+        assert bench.run(parser.parse_args([*asked, "--yes"])) == 0
+    assert picture_requests(server) >= int(told.split()[0]) and "2 images and their questions leave" in capsys.readouterr().out
+
+
+def test_rows_that_a_benchmark_scores_are_counted_too(data, tmp_path):
+    measured = {"data": str(data), "split": "test", "rows": 4, "seed": 1}
+    (tmp_path / "none").mkdir()
+    four = bench_scores.to_send(Scoring(**measured, folder=str(tmp_path / "none")))
+    assert four.images == 4 and four.tokens_out == 128 * four.requests and four.requests > 4
+    assert (four + endpoint_cost.NOTHING) == four and (four + four).images == 8
+
+
+def test_a_folder_of_images_is_sent_with_consent_only(tmp_path, away):
+    (tmp_path / "scans").mkdir()
+    for number in range(2):
+        noise_image(48, 40, number).save(tmp_path / "scans" / f"{number}.png")
+    with StandIn(lambda prompt, attempt: "normal") as server:
+        words = ["--endpoint", server.url, "--folder", str(tmp_path / "scans"), "--out", str(tmp_path / "o.xlsx")]
+        with pytest.raises(UserError, match=r"2 images and their questions leave this machine.*add --yes"):
+            inference.main(words)
+        assert server.bodies == []
+        inference.main([*words, "--yes"])
+        assert len(server.bodies) == 16
+        inference.main(words)
+        assert len(server.bodies) == 16, "nothing left to agree to"
 
 
 def test_an_endpoint_of_this_machine_needs_no_consent(data, tmp_path, capsys):

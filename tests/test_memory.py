@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sonovqa import bench_images, bench_predictions, bench_worker, files, memory, memory_peak, tiny, weights
+import train
+from sonovqa import bench_images, bench_predictions, bench_worker, families, files, memory, memory_peak, tiny, weights
 from sonovqa.memory_peak import Workload
 
 MIB = 2**20
@@ -58,6 +60,66 @@ def test_the_cache_is_two_numbers_a_layer_head_and_token():
     assert predict("LLaVA-1.5-7B") == 8 * 700 * 524_288
     assert predict("Qwen2.5-VL-7B") == 8 * 700 * 2 * 28 * 4 * 128 * 2
     assert predict("Llama-3.2-11B-Vision") == 8 * (700 * 32 + 576 * 8) * 2 * 8 * 128 * 2
+
+
+RECORDS = Path(__file__).parents[1] / "outputs" / "records"
+
+
+def trained_rows() -> list:
+    """Rows of the committed benchmarks of training here, and the peers' one without recomputing, in their least words."""
+    raw = files.read_json(RECORDS / "bench-train-h200.json")["rows"]
+    ends = files.read_json(RECORDS / "bench-train-end-to-end-h200.json")["rows"]
+    told = [(r["model"], r["size"], r["micro_batch"], r["batching"], True, r["peak_memory_bytes"]) for r in raw]
+    told += [("8B", r["size"], 16, "shared", True, r["peak_memory_bytes"]) for r in ends if r["way"] == "train.py, shared"]
+    return told + [("8B", r["size"], 8, "separate", False, r["peak_memory_bytes"]) for r in ends if r["setting"] == "8 none"]
+
+
+@pytest.mark.parametrize(("model", "size", "batch", "batching", "checkpointing", "measured"), trained_rows())
+def test_training_is_estimated_within_a_quarter_of_what_was_measured(model, size, batch, batching, checkpointing, measured):
+    shapes, config = real_sizes.shapes(model), real_sizes.meta_model(model).config.to_dict()
+    width, height = map(int, size.split("x"))
+    questions = 8 if batching == "shared" else 1
+    how = memory.Training(16, batch, width * height, "adamw_8bit", checkpointing, questions=questions)
+    asked = memory.training_bytes(shapes, config, how, 2)[4]
+    print(f"{asked / 1e9:.1f} GB estimated, {measured / 1e9:.1f} measured")
+    assert asked == pytest.approx(measured, rel=0.25)
+
+
+def test_without_unsloth_what_is_not_quantised_is_put_into_fp32():
+    shapes, config = real_sizes.shapes("8B"), real_sizes.meta_model("8B").config.to_dict()
+    left = sum(t.count for name, t in shapes.items() if not memory.is_quantised(name, t))
+    how = memory.Training(16, 1, 512 * 384, "adamw_8bit", True, parked=False)
+    with_it, without = (memory.training_bytes(shapes, config, replace(how, unsloth=one), 2) for one in (True, False))
+    assert left > 1e9 and without[4] - with_it[4] == pytest.approx(2 * left) == without[8] - with_it[8]
+    assert without[16] == with_it[16]
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "patches"),
+    [("LLaVA-1.5-7B", 576, 576), ("Llama-3.2-11B-Vision", 0, 6400), ("Qwen3-VL-8B", 600 * 800 / 1024, 600 * 800 / 256)],
+)
+def test_an_image_has_tokens_where_no_pixels_are_told(name, tokens, patches):
+    assert memory.image_work(real_sizes.meta_model(name).config.to_dict(), None) == (tokens, patches)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "blip_2", "florence2"])
+def test_every_family_that_resizes_to_one_size_has_image_tokens(family, tokenizer):
+    made, _ = getattr(tiny_families, family)(tokenizer)
+    tokens, patches = memory.image_work(made.config.to_dict(), None)
+    assert tokens > 0 and patches > 0
+    assert memory.activation_bytes(made.config.to_dict(), memory.Training(16, 2, None, None, False), 4) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "family", "questions"),
+    [("", "qwen3_vl", 8), ("--batching separate", "qwen3_vl", 1), ("", "mllama", 1), ("--task Q7", "qwen3_vl", 1),
+     ("--task report", "llava", 8)],
+)  # fmt: skip
+def test_questions_of_a_sequence_are_those_of_the_batching(flags, family, questions):
+    args = train.parse(["--data", "d", *flags.split()])
+    args.rank = 16
+    how = memory.of_run(args, families.FAMILIES[family], "transformers")
+    assert (how.questions, how.unsloth, how.parked, how.images) == (questions, False, False, args.batch)
 
 
 class Live(TorchDispatchMode):

@@ -105,11 +105,13 @@ def test_medpix_2_as_released(tmp_path):
         entries.append({"Type": "CT", "U_id": f"MPX{n}", "image": f"MPX{n}_synpic{n}", "Description": text,
                         "Location": "Genitourinary", "Location Category": "Reproductive and Urinary System"})  # fmt: skip
     entries.append({**entries[0], "image": "MPX9_gone"})
+    (root / "images" / "MPX6_synpic6.png").write_bytes(encoded(6))
+    entries.append({**entries[0], "image": "MPX6_synpic6", "U_id": "MPX6", "Description": None})
     (root / "Descriptions.json").write_text(json.dumps(entries))
     rows, about = prepare(tmp_path / "out", "medpix", "--root", root)
     assert len(rows) == 6 and sum(len(row["questions"]) for row in rows) == 17
     assert {reason: len(items) for reason, items in about["dropped"].items()} == {
-        "no such image file": 1, "a question without text or answer": 1,
+        "no such image file": 1, "a question without text or answer": 1 + 3,
     }  # fmt: skip
     with pytest.raises(UserError, match="no split"):
         prepare(tmp_path / "out", "medpix", "--root", root, "--split", "official")

@@ -120,6 +120,20 @@ def test_vqa_rad_that_is_not_there(tmp_path, hub_copy):
         prepare(tmp_path / "out", "vqa-rad", "--root", tmp_path / "rad")
 
 
+def test_vqa_rad_entries_that_lack_something(tmp_path):
+    root = tmp_path / "rad"
+    entries = []
+    for n in range(4):
+        picture(root / vqa_rad.IMAGES / f"{n}.jpg", n)
+        entries.append({"image_name": f"{n}.jpg", "image_organ": "HEAD", "phrase_type": "freeform", "qid": n,
+                        "question": "Is it?", "answer": "Yes", "answer_type": "CLOSED"})  # fmt: skip
+    del entries[1]["answer_type"], entries[1]["qid"], entries[2]["answer"]
+    (root / vqa_rad.ANNOTATIONS).write_text(json.dumps(entries))
+    data, about = prepare(tmp_path / "out", "vqa-rad", "--root", root)
+    types = [q["answer_type"] for split in data.values() for row in split.remove_columns("image") for q in row["questions"]]
+    assert types == ["closed"] * 3 and list(map(len, about["dropped"].values())) == [1]
+
+
 @real
 def test_the_real_vqa_rad(tmp_path):
     data, about = prepare(tmp_path / "out", "vqa-rad", "--root", DATA / "vqa_rad")

@@ -107,3 +107,13 @@ def test_a_page_out_of_date_is_noticed_and_left(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RECORDS", tmp_path)
     assert tables.main(["--check"]) == 1 and "stale" in page.read_text()
     assert tables.main([]) == 0 and tables.main(["--check"]) == 0 and "Not run yet." in page.read_text()
+
+
+def test_coherence_stands_beside_what_the_references_hold_themselves():
+    record = files.read_json(tables.RECORDS / "tiny-all.json")
+    _, figure = experiments_table.figure_of(record, "coherent")
+    assert figure["value"] < figure["references"] and figure["value"] < figure["beyond references"]
+    score = {"value": 0.5, "n": 4, "groups": 2, "higher_is_better": True, "interval": None}
+    about = {"coherent": score | {"references": {"value": 0.6}}, "beyond_references": score | {"value": 0.75}}
+    made = experiments_records._coherent(about)
+    assert experiments_table._cell([made]) == "0.500; references 0.600, beyond references 0.750"

@@ -202,6 +202,9 @@ def test_a_model_folder_with_pickled_weights_is_refused(tmp_path):
         ("--weight-decay nan --dropout 1", "--weight-decay nan.*--dropout 1.0; must be below 1"),
         ("--prompts poetry", "no question has a prompt named 'poetry'"),
         ("--task Q2 --question-weights Q7=x", "QUESTION=FACTOR"),
+        ("--balance loss --balance-question Q99", "--balance-question Q99; not asked in this split; Q1, "),
+        ("--task Q2 --question-weights Q7=2", "--question-weights Q7; not asked in this split; Q2 are"),
+        ("--head choice --balance loss --balance-question Q1", "--balance-question Q1; not asked"),
     ],
 )
 def test_numbers_that_cannot_be_are_said_before_anything_is_loaded(base, data, tmp_path, flags, told, capsys):

@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -205,7 +206,8 @@ def attach(folder: Path, artefacts: Iterable[Path], metrics: Mapping[str, float]
     for path in artefacts:
         client.log_artifact(run_id, str(path), path.parent.name)
     for name, value in metrics.items():
-        client.log_metric(run_id, name, value)
+        # What MLflow allows in a name: letters, digits, and these.
+        client.log_metric(run_id, re.sub(r"[^\w\-. :/]", "_", name.replace("%", "percent")), value)
 
 
 def _experiment(outputs: Path) -> str:

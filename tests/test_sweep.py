@@ -215,7 +215,7 @@ def test_mlflow_runs_stand_below_their_experiment_and_a_resumed_one_goes_on(tmp_
     files.write_json(tmp_path / "a" / "run.json", {})
     resumed.finish(tmp_path / "a" / "run.json")
     files.write_json(tmp_path / "a" / "eval-test" / "scores.json", {})
-    records.attach(tmp_path / "a", [tmp_path / "a" / "eval-test" / "scores.json"], {"Q7 accuracy": 0.5})
+    records.attach(tmp_path / "a", [tmp_path / "a" / "eval-test" / "scores.json"], {"Q7 accuracy": 0.5, "Q4 within 10 %, of mm": 0.25})
     records.close_parent(tmp_path, parent, "FINISHED")
     client = MlflowClient(records.tracking_uri(tmp_path))
     runs = client.search_runs([client.get_experiment_by_name(records.EXPERIMENT).experiment_id])
@@ -223,6 +223,7 @@ def test_mlflow_runs_stand_below_their_experiment_and_a_resumed_one_goes_on(tmp_
     run = client.get_run(first.run_id)
     assert run.data.tags[records.PARENT] == parent == records.open_parent(tmp_path, "experiment 3", parent)
     assert [point.value for point in client.get_metric_history(first.run_id, "loss")] == [2.0, 1.0]
+    assert run.data.metrics["Q4 within 10 percent_ of mm"] == 0.25, "MLflow takes no % and no comma"
     assert run.data.metrics["Q7 accuracy"] == 0.5 and run.info.status == "FINISHED"
     assert {item.path for item in client.list_artifacts(first.run_id)} == {"run.json", "eval-test"}
     assert records.start_tracking(tmp_path, "b", {"resume": True}).run_id != first.run_id

@@ -215,7 +215,9 @@ def test_mlflow_runs_stand_below_their_experiment_and_a_resumed_one_goes_on(tmp_
     files.write_json(tmp_path / "a" / "run.json", {})
     resumed.finish(tmp_path / "a" / "run.json")
     files.write_json(tmp_path / "a" / "eval-test" / "scores.json", {})
-    records.attach(tmp_path / "a", [tmp_path / "a" / "eval-test" / "scores.json"], {"Q7 accuracy": 0.5, "Q4 within 10 %, of mm": 0.25})
+    records.attach(
+        tmp_path / "a", [tmp_path / "a" / "eval-test" / "scores.json"], {"Q7 accuracy": 0.5, "Q4 within 10 %, of mm": 0.25}
+    )
     records.close_parent(tmp_path, parent, "FINISHED")
     client = MlflowClient(records.tracking_uri(tmp_path))
     runs = client.search_runs([client.get_experiment_by_name(records.EXPERIMENT).experiment_id])

@@ -211,7 +211,7 @@ def show(name: str, commands: Sequence[Command]) -> None:
     if not found or name not in headings:
         return
     head, *lines = experiments_table.rows(found, [part.strip() for part in headings[name].split("|")[1:]])
-    costs = ("seeds", "trained", "answers/s", "time", "peak memory")
+    costs = ("seeds", "trained", "trained answers/s", "time", "peak memory")
     scores = range(3, head.index("seeds"))
     made = Table("run", "score", "value", *costs, box=box.SIMPLE_HEAD, pad_edge=False)
     for cells in lines:

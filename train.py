@@ -102,7 +102,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     console.quiet = int(os.environ.get("RANK", 0)) > 0  # of several processes one prints
-    devices.take_gpu()
     args = parse(argv)
     check(args)
     folder, settings = name_run(args), resuming.settings(args)
@@ -184,6 +183,7 @@ def name_run(args: argparse.Namespace) -> Path:
 
 
 def load(args: argparse.Namespace):
+    devices.take_gpu()
     family = families.of_model(args.model)
     backend, why = models.choose_backend(args.backend, family)
     if backend == "unsloth":

@@ -106,3 +106,17 @@ def a_run(trained_on, **changes) -> dict:
         "prompt_variant": "default",
     }
     return run | {"pixels": [4096, 12288]} | changes
+
+
+def answers_of(image: int, said: dict[str, str], meant: dict[str, str], error: str | None = None) -> list[dict]:
+    """Scored rows of one image: what was said to each question beside what was meant; two images a group."""
+    about = {
+        "image_id": str(image),
+        "group": f"g{image // 2}",
+        "category": "c",
+        "question": "",
+        "answer_type": "",
+        "context": None,
+    }
+    return [about | {"question_id": q, "prompt": "", "reference": meant[q], "prediction": None if error else said[q],
+                     "error": error, "finish_reason": "stop", "size": None} for q in said]  # fmt: skip

@@ -30,13 +30,15 @@ def model_of(args: argparse.Namespace) -> tuple[str, Path | None]:
     """The weights to load and the adapter to put on them.
 
     Raises:
-        UserError: if the run has no merged weights.
+        UserError: if the run has no merged weights, or no adapter where that is asked for.
     """
     folder = Path(args.run)
     if args.adapter and (folder / "adapter").is_dir():
         return files.read_json(folder / "adapter" / "adapter_config.json")["base_model_name_or_path"], folder / "adapter"
     if not (folder / "run.json").exists():
         return args.run, None
+    if args.adapter:
+        raise UserError(f"--adapter; {folder} has no adapter/; only a run of LoRA keeps one; leave --adapter out")
     if not (folder / "merged").is_dir():
         raise UserError(f"{folder} has no merged/ weights; use --adapter, or train.py with --merge")
     return str(folder / "merged"), None

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import random
@@ -14,7 +15,7 @@ from evaluating import PLANES, STRUCTURES, WEEKS, FakeEngine, data, no_report, p
 from PIL import Image
 
 import evaluate
-from sonovqa import asking, files
+from sonovqa import answering, asking, files
 from sonovqa.cli import UserError
 from sonovqa.engines import Reply
 
@@ -215,3 +216,14 @@ def test_an_endpoint_answers_and_its_failures_stay_failures(data, tmp_path, monk
     assert scores["arguments"]["model"] == "run" and scores["questions"]["Q7"]["n"] == 12
     assert scores["questions"]["Q7"]["metrics"]["sensitivity"]["value"] in (0.0, None)
     assert scores["speed"]["engine"].startswith("run at http://127.0.0.1") and scores["speed"]["peak_memory_bytes"] is None
+
+
+def test_an_adapter_that_a_run_does_not_keep_is_not_replaced_by_its_merged_weights(tmp_path):
+    """A fully trained run has none: its merged weights must not be scored under the adapter's name."""
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "run.json").write_text("{}")
+    asked = argparse.Namespace(run=str(tmp_path), adapter=True)
+    with pytest.raises(UserError, match="has no adapter/"):
+        answering.model_of(asked)
+    asked.adapter = False
+    assert answering.model_of(asked) == (str(tmp_path / "merged"), None)

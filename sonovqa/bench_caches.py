@@ -8,6 +8,7 @@ twice (another number of users, another order) would find everything there and m
 from __future__ import annotations
 
 import functools
+import json
 import secrets
 import time
 import urllib.error
@@ -70,6 +71,18 @@ def is_vllm(url: str, keys: Sequence[str] = KEY_NAMES) -> bool:
         keys: variables of the environment of which the first that is set holds the server's key.
     """
     return "vllm:" in _get(url, "/metrics", keys)  # serve.sh lets /metrics through, not /version
+
+
+def version(url: str, keys: Sequence[str] = KEY_NAMES) -> str | None:
+    """The version that a vLLM server at a base URL says it is; ``None`` if it does not say (`serve.sh` lets nobody ask).
+
+    Args:
+        keys: as for `is_vllm`.
+    """
+    try:
+        return str(json.loads(_get(url, "/version", keys))["version"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def counters(url: str, keys: Sequence[str] = KEY_NAMES) -> dict[str, float]:

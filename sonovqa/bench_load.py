@@ -14,7 +14,17 @@ import argparse
 import itertools
 from pathlib import Path
 
-from sonovqa import bench_caches, bench_crowd, bench_images, bench_records, cli, endpoint_cost, evaluation_flags, files
+from sonovqa import (
+    bench_caches,
+    bench_crowd,
+    bench_images,
+    bench_records,
+    bench_turns,
+    cli,
+    endpoint_cost,
+    evaluation_flags,
+    files,
+)
 from sonovqa.bench_caches import BOTH, KEPT
 from sonovqa.bench_crowd import MIXES, Level
 from sonovqa.bench_streaming import ORDERS, Users
@@ -79,8 +89,10 @@ def run(args: argparse.Namespace) -> int:
         endpoint = {"base_url": args.endpoint, "model": client.model, "timeout": args.timeout, "retries": args.retries,
                     "key_env": args.api_key_env, "stream": args.stream, "kept": kept, "ignore_eos": args.ignore_eos,
                     "vllm": known}  # fmt: skip
-        row |= bench_crowd.measure(Level(endpoint, images, order, args.mix, users, args.requests, args.clients, args.new_tokens))
-        bench_records.add(args.record, row)
+        level = Level(endpoint, images, order, args.mix, users, args.requests, args.clients, args.new_tokens)
+        with bench_turns.alone():
+            row |= bench_crowd.measure(level)
+        bench_records.add(args.record, row | {"vllm": bench_caches.version(client.base_url, client.key_names) if known else None})
         console.print(line(row), markup=False, soft_wrap=True)
     found = bench_records.rows(args.record)
     bench_records.show(title, found, COLUMNS)
@@ -117,7 +129,7 @@ def _kinds(told: dict[str, int]) -> str:
 
 
 COLUMNS: bench_records.Columns = {
-    "server": lambda row: row["server"],
+    "server": lambda row: row["server"] + (f", vLLM {row['vllm']}" if row.get("vllm") else ""),
     "order": lambda row: row["order"],
     "caches": lambda row: row["caches"],
     "users": lambda row: str(row["users"]) + (f" in {row['clients']} clients" if row["clients"] > 1 else ""),

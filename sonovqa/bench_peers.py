@@ -11,13 +11,14 @@ same texts (`chat.messages`), processor, base, precision, LoRA, optimiser, sched
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_records, bench_steps, chat, devices, images, models
+from sonovqa import bench_records, bench_steps, bench_turns, chat, devices, images, models
 from sonovqa.cli import UserError, console
 
 #: Unsloth's ``use_gradient_checkpointing`` by word of a setting: its own (offloading), torch's, none.
@@ -98,7 +99,8 @@ def measure(work: Work) -> None:
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
     import torch
 
-    loaded, model = _load(work)
+    with bench_turns.beside_others():
+        loaded, model = _load(work)
     decoding = time.perf_counter()
     samples = list(chat_samples(work)) if loaded.backend == "unsloth" else prompt_completions(work, loaded.processor)
     row |= {"backend": loaded.backend, "decoding_seconds": round(time.perf_counter() - decoding, 2)}
@@ -178,9 +180,10 @@ def _train(work: Work, loaded, model, samples) -> tuple[list[float], list[float]
             train_dataset=samples,
         )
         trainer.remove_callback(PrinterCallback)
-        clock = _clock()
-        trainer.add_callback(clock)
-        trainer.train()
+        with contextlib.ExitStack() as turn:
+            clock = _clock(work.warmup, turn)
+            trainer.add_callback(clock)
+            trainer.train()
     return clock.seconds, clock.waited, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
@@ -235,8 +238,13 @@ def _collator(work: Work, loaded, model):
     )
 
 
-def _clock():
-    """A callback that times steps as `training.SharedImageTrainer` does: from fetching a step's batches to its end."""
+def _clock(warmup: int, turn: contextlib.ExitStack):
+    """A callback that times steps as `training.SharedImageTrainer` does: from fetching a step's batches to its end.
+
+    Args:
+        warmup: steps before the timed ones; the last of them is run alone on the device too, see `bench_turns`.
+        turn: holds this process's turn; whoever opened it ends the turn.
+    """
     import torch
     from transformers import TrainerCallback
 
@@ -245,6 +253,14 @@ def _clock():
             self.seconds, self.waited, self._began = [], [], 0.0
 
         def on_train_begin(self, *args, **kwargs):
+            self._begin()
+
+        def _begin(self):
+            """The next step: in a turn shared by those who warm up, or in one of this process's own."""
+            done = len(self.seconds)
+            if done in (0, warmup - 1):
+                turn.close()
+                turn.enter_context(bench_turns.alone() if done >= warmup - 1 else bench_turns.beside_others())
             self._began = time.perf_counter()
 
         def on_step_begin(self, *args, **kwargs):
@@ -257,6 +273,6 @@ def _clock():
             console.print(f"step {len(self.seconds)}: {self.seconds[-1]:.2f} s, waited {self.waited[-1]:.2f} s for data")
 
         def on_log(self, *args, **kwargs):
-            self._began = time.perf_counter()
+            self._begin()
 
     return Clock()

@@ -1,6 +1,7 @@
 """Raw optimiser steps: forward, backward and update on batches made beforehand, in one process a model and way of batching.
 
-A process of its own makes peak memory honest and lets Unsloth compile once. The batches are those that train.py would
+A process of its own makes peak memory honest and lets Unsloth compile once; processes side by side take turns
+(`bench_turns`). The batches are those that train.py would
 make (`planning`, `batching.Collator`) and so is the loss (`losses`); only the loader and the trainer are left out.
 """
 
@@ -9,16 +10,20 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_records, chat, cli, dataset, devices, families, models, planning, records
+from sonovqa import bench_records, bench_turns, chat, cli, dataset, devices, families, models, planning, records
 from sonovqa.cli import UserError, console
 
 LEARNING_RATE, CLIP = 2e-4, 1.0  # train.py's default and the trainer's
+ALL = "all"
+#: Which layers get LoRA matrices: those of all four toggles, or all but one's.
+LAYERS = (ALL, "no-vision", "no-language", "no-attention", "no-mlp")
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Work:
         data: a prepared data set with the same number of questions an image.
         model: what ``--model`` names.
         batching: ``shared`` or ``separate``.
-        cells: ``((width, height), QA pairs an optimiser step)`` each; images are resized to that size.
+        cells: ``(layers, (width, height), QA pairs an optimiser step)`` each: one of `LAYERS`, and the size that images are
+            resized to. The model is loaded anew for other layers.
         micro: images a micro-batch (separate: so many images' questions); ``None`` for the whole step at once.
         warmup, steps: steps before the clock starts, and timed ones.
         prepared: different steps' batches, used in turn; all are met in the warm-up, so none compiles under the clock.
@@ -41,7 +47,7 @@ class Work:
     data: Path
     model: str
     batching: str
-    cells: tuple[tuple[tuple[int, int], int], ...]
+    cells: tuple[tuple[str, tuple[int, int], int], ...]
     micro: int | None
     warmup: int
     steps: int
@@ -58,17 +64,25 @@ def measure(work: Work) -> None:
     Raises:
         UserError: if the data set has too few images, or the model cannot be had.
     """
+    for layers, cells in itertools.groupby(work.cells, key=lambda cell: cell[0]):
+        _measure(work, layers, [(size, pairs) for _, size, pairs in cells])
+        gc.collect()  # a model and its adapter refer to each other
+
+
+def _measure(work: Work, layers: str, cells: Sequence[tuple[tuple[int, int], int]]) -> None:
     import torch
 
-    loaded, model = _load(work)
+    with bench_turns.beside_others():
+        loaded, model = _load(work, layers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = [parameter.detach().to("cpu", copy=True) for parameter in trained]
-    for size, pairs in work.cells:
+    for size, pairs in cells:
         with torch.no_grad():  # every cell starts from the same weights, whatever was measured before it
             for parameter, value in zip(trained, start, strict=True):
                 parameter.copy_(value)
         steps, about = prepare(work, loaded.processor, model, size, pairs)
-        row = row_of(work, size, pairs) | about | {"backend": loaded.backend}
+        row = row_of(work, layers, size, pairs) | about
+        row |= {"backend": loaded.backend, "trained_parameters": sum(parameter.numel() for parameter in trained)}
         try:
             row |= time_steps(model, trained, steps, work.warmup, work.steps, pairs)
         except torch.OutOfMemoryError:
@@ -78,10 +92,10 @@ def measure(work: Work) -> None:
         del steps
 
 
-def row_of(work: Work, size: tuple[int, int], pairs: int) -> dict:
+def row_of(work: Work, layers: str, size: tuple[int, int], pairs: int) -> dict:
     """What tells a row of raw steps from all others."""
-    name = f"{size[0]}x{size[1]}"
-    return {"kind": "raw", "model": Path(work.model).name, "size": name, "pairs": pairs, "batching": work.batching}
+    named = {"kind": "raw", "model": Path(work.model).name, "size": f"{size[0]}x{size[1]}", "pairs": pairs}
+    return named | {"layers": layers, "batching": work.batching}
 
 
 def prepare(work: Work, processor, model, size: tuple[int, int], pairs: int) -> tuple[list[list[dict]], dict]:
@@ -129,7 +143,10 @@ def prepare(work: Work, processor, model, size: tuple[int, int], pairs: int) -> 
 
 
 def time_steps(model, trained: Sequence, steps: Sequence[Sequence[dict]], warmup: int, timed: int, pairs: int) -> dict:
-    """Run ``warmup + timed`` optimiser steps over ``steps`` in turn; see `figures` for what comes back."""
+    """Run ``warmup + timed`` optimiser steps over ``steps`` in turn; see `figures` for what comes back.
+
+    The timed ones and the last of the warm-up are run alone on the device, the others beside what else warms up there.
+    """
     import torch
 
     cuda = torch.cuda.is_available()
@@ -140,11 +157,18 @@ def time_steps(model, trained: Sequence, steps: Sequence[Sequence[dict]], warmup
     optimizer = _optimizer(trained)
     optimizer.zero_grad(set_to_none=True)  # a cell that ran out of memory may have left some
     seconds, losses = [], []
-    for number in range(warmup + timed):
-        started = time.perf_counter()
-        loss = one_step(model, trained, optimizer, steps[number % len(steps)])
-        losses.append(float(loss))  # waits for the device
-        seconds.append(time.perf_counter() - started)
+
+    def run(numbers: Iterable[int]) -> None:
+        for number in numbers:
+            started = time.perf_counter()
+            loss = one_step(model, trained, optimizer, steps[number % len(steps)])
+            losses.append(float(loss))  # waits for the device
+            seconds.append(time.perf_counter() - started)
+
+    with bench_turns.beside_others():
+        run(range(warmup - 1))
+    with bench_turns.alone():
+        run(range(warmup - 1, warmup + timed))
     return figures(seconds, losses, warmup, pairs)
 
 
@@ -197,7 +221,7 @@ def figures(seconds: Sequence[float], losses: Sequence[float], warmup: int, pair
 def say(row: dict) -> None:
     """One line as soon as a row is measured."""
     told = f"{row['pairs_per_second']:.1f} QA pairs/s" if "failed" not in row else row["failed"]
-    named = " ".join(str(row[key]) for key in ("model", "size", "pairs", "batching", "way", "setting") if key in row)
+    named = " ".join(str(row[key]) for key in ("model", "size", "pairs", "layers", "batching", "way", "setting") if key in row)
     console.print(f"{named}: {told}", soft_wrap=True)
 
 
@@ -270,7 +294,7 @@ def _run(function, work) -> None:
     cli.run(lambda: function(work))
 
 
-def _load(work: Work):
+def _load(work: Work, layers: str):
     import torch
 
     torch.manual_seed(work.seed)
@@ -278,7 +302,9 @@ def _load(work: Work):
     if backend == "unsloth":
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
     loaded = models.load_for_training(models.locate(work.model), work.bits, checkpointing=work.checkpointing)
-    model = models.adapt(loaded, models.Adapting(rank=work.rank, seed=work.seed))
+    without = {layers.removeprefix("no-"): False} if layers != ALL else {}
+    how = models.Adapting(rank=work.rank, seed=work.seed, checkpointing=work.checkpointing, **without)
+    model = models.adapt(loaded, how)
     if backend == "unsloth":
         model.for_training(use_gradient_checkpointing=devices.recomputing(work.checkpointing))
         return loaded, model

@@ -12,6 +12,7 @@ train.py also runs under torchrun, on a GPU each; a row of several has the ratio
 from __future__ import annotations
 
 import argparse
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from sonovqa import bench_images, bench_peers, bench_records, bench_steps, cli, dataset, files, records
+from sonovqa import bench_images, bench_peers, bench_records, bench_steps, bench_turns, cli, dataset, files, records
 from sonovqa.cli import UserError, console
 
 GPU_SETTINGS, CPU_SETTINGS = ("2 gc", "8 gc", "16 gc", "8 none"), ("8 none",)
-#: What tells rows of a record apart.
-KEY = ("kind", "model", "size", "pairs", "batching", "way", "setting", "processes")
+_WHAT = ("kind", "model", "size", "pairs", "layers")
+#: What tells rows of a record apart; those of the same ``_WHAT`` are compared.
+KEY = (*_WHAT, "batching", "way", "setting", "processes")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--prepared", type=int, default=2, help="different batches of raw steps, used in turn")
     how.add_argument("--micro", type=int, help="images a micro-batch; separate: their questions (unset: the whole step at once)")
     how.add_argument("--bits", type=int, choices=(4, 8, 16), help="of the frozen base (unset: 4 with CUDA, else 16)")
-    how.add_argument("--rank", type=int, default=16, help="LoRA rank, on all linear layers")
+    how.add_argument("--rank", type=int, default=16, help="LoRA rank")
+    how.add_argument("--layers", nargs="+", choices=bench_steps.LAYERS, default=[bench_steps.ALL],
+                     help="raw steps: linear layers that get LoRA matrices, as train.py's four toggles choose them")  # fmt: skip
     how.add_argument(
         "--checkpointing", action=flag, default=True, help="recompute activations (CUDA only; the peers' own: above)"
     )
@@ -104,6 +108,8 @@ def check(args: argparse.Namespace) -> None:
         value = min(getattr(args, name)) if name in ("pairs", "processes") else getattr(args, name)
         if value is not None and value < 1:
             problems.append(f"--{name} {value}; must be 1 or more")
+    if args.end_to_end and args.layers != [bench_steps.ALL]:
+        problems.append(f"--layers {' '.join(args.layers)} with --end-to-end; raw steps are measured so; leave --end-to-end out")
     if not args.end_to_end and args.warmup < args.prepared:
         problems.append(f"--warmup {args.warmup}; every prepared batch is met before the clock starts; at least --prepared "
                         f"{args.prepared} is allowed")  # fmt: skip
@@ -122,7 +128,7 @@ def check(args: argparse.Namespace) -> None:
 def raw(args: argparse.Namespace, model: str) -> None:
     """Raw steps of one model, a process a way of batching, cells that are in the record left out."""
     for batching in args.batching:
-        wanted = tuple((size, pairs) for size in args.size for pairs in args.pairs)
+        wanted = tuple(itertools.product(args.layers, args.size, args.pairs))
         work = bench_steps.Work(
             args.record, args.data, model, batching, wanted, args.micro, args.warmup, args.steps, args.prepared, args.bits,
             args.rank, args.checkpointing, args.seed,
@@ -184,7 +190,8 @@ def train(
         words += ["--max-pixels", pixels(model, size), "--bits", args.bits, "--rank", args.rank, "--seed", args.seed]
         words += ["--workers", args.workers, "--checkpointing" if args.checkpointing else "--no-checkpointing"]
         words += ["--lr", bench_steps.LEARNING_RATE, "--report-to", "none", "--no-merge"]
-        done = subprocess.run([str(word) for word in words], check=False)
+        with bench_turns.alone():  # train.py itself knows of no turns
+            done = subprocess.run([str(word) for word in words], check=False)
         if done.returncode:
             raise UserError(f"train.py ended with status {done.returncode}, see above; rows measured are in {args.record}; "
                             "the same command goes on after them")  # fmt: skip
@@ -217,8 +224,8 @@ def is_new(record: Path, row: dict) -> bool:
 
 
 def key_of(row: dict) -> tuple:
-    """What tells a row from all others of its record."""
-    return tuple(row.get(name) for name in KEY)
+    """What tells a row from all others of its record. Rows without ``layers`` are of all of them."""
+    return tuple(({"layers": bench_steps.ALL} | row).get(name) for name in KEY)
 
 
 def compared(rows: list[dict]) -> list[dict]:
@@ -234,8 +241,10 @@ def markdown(record: dict) -> str:
 
 
 def columns_of(rows: list[dict]) -> bench_records.Columns:
-    """The columns that fit a record's rows."""
-    return END_TO_END if rows and rows[0]["kind"] == "end to end" else RAW
+    """The columns that fit a record's rows; those of layers only where they differ."""
+    if rows and rows[0]["kind"] == "end to end":
+        return END_TO_END
+    return RAW if {row.get("layers", bench_steps.ALL) for row in rows} <= {bench_steps.ALL} else LAYERS | RAW
 
 
 def _ratio(row: dict, rows: list[dict]) -> dict:
@@ -243,13 +252,17 @@ def _ratio(row: dict, rows: list[dict]) -> dict:
         alone = row | {"pairs": row["pairs"] // processes, "way": f"train.py, {row['batching']}", "processes": None}
         one = next((other for other in rows if key_of(other) == key_of(alone) and "failed" not in other), None)
         return {"ratio": round(row["pairs_per_second"] / one["pairs_per_second"], 3), "against": "1 process"} if one else {}
-    alike = [other for other in rows if key_of(other)[:4] == key_of(row)[:4] and "failed" not in other and other is not row]
+    alike = [other for other in rows if _alike(other, row) and "failed" not in other and other is not row]
     others = [other for other in alike if "setting" in other and "batching" not in other] or alike
     if row.get("batching") != "shared" or "failed" in row or not others:
         return {}
     best = max(others, key=lambda other: other["pairs_per_second"])
     ratio = row["pairs_per_second"] / best["pairs_per_second"]
     return {"ratio": round(ratio, 3), "against": best.get("setting") or best["batching"]}
+
+
+def _alike(one: dict, other: dict) -> bool:
+    return key_of(one)[: len(_WHAT)] == key_of(other)[: len(_WHAT)]
 
 
 def _speed(row: dict) -> str:
@@ -285,6 +298,11 @@ _MEASURED: bench_records.Columns = {
     "s a step ↓": _seconds,
     "memory ↓": _memory,
     "loss: first, mean": _loss,
+}
+LAYERS: bench_records.Columns = {
+    **_NAMED,
+    "LoRA on": lambda row: row["layers"].replace("-", " "),
+    "trained": lambda row: f"{row['trained_parameters']:,}",
 }
 RAW: bench_records.Columns = {
     **_NAMED,

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_caches, bench_images, bench_serving, bench_timing, cli, files, predictions, prompt_variants
+from sonovqa import bench_caches, bench_images, bench_serving, bench_timing, bench_turns, cli, files, predictions, prompt_variants
 from sonovqa.cli import UserError
 from sonovqa.endpoint import KEY_NAMES, Endpoint
 from sonovqa.engines import Engine, ImageRequest
@@ -112,16 +112,20 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
 
     cuda, device = torch.cuda.is_available(), bench_serving.device_used()
     bare = memory_now(cuda)
-    started = time.perf_counter()
-    model, processor = models.load_for_inference(case.model, case.bits, case.adapter and Path(case.adapter))
-    told = {"load_seconds": round(time.perf_counter() - started, 2), "memory_before": bare, "memory_loaded": memory_now(cuda)}
+    with bench_turns.beside_others():
+        started = time.perf_counter()
+        model, processor = models.load_for_inference(case.model, case.bits, case.adapter and Path(case.adapter))
+        seconds = time.perf_counter() - started
+    told = {"load_seconds": round(seconds, 2), "memory_before": bare, "memory_loaded": memory_now(cuda)}
     told |= {"memory": TENSORS if cuda else RESIDENT, "dtype": str(model.dtype).removeprefix("torch.")}
     told |= {"disk_bytes": disk_bytes(case.model, case.adapter), "memory_loading_peak": memory_peak(cuda)}
     told |= _taken("loaded", device) if cuda else {}
     for level in case.levels:
         engine = LocalEngine(model, processor, level, case.engine == SHARED, case.ignore_eos)
-        bench_timing.run_through(engine, bench_images.warm_up(requests, level), case.new_tokens)
-        figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
+        with bench_turns.beside_others():
+            bench_timing.run_through(engine, bench_images.warm_up(requests, level), case.new_tokens)
+        with bench_turns.alone():
+            figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
         figures |= {"memory_peak": memory_peak(cuda)} | (_taken("peak", device) if cuda else {})
         yield row_of(case, level, told | figures | {"answers": answers})
     if case.scoring:
@@ -218,7 +222,8 @@ def levels(case: Case, requests: list[ImageRequest], url: str, model: str | None
         engine.check()
         bench_timing.run_through(engine, bench_images.warm_up(requests, WARM_UPS), case.new_tokens)
         before = bench_caches.counters(url, keys)
-        figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
+        with bench_turns.alone():
+            figures, answers = bench_timing.measure(engine, requests, case.new_tokens)
         told = {
             "endpoint": case.endpoint,
             "vllm": known,

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sonovqa import cli, files, records, tables
+from sonovqa import bench_steps, cli, files, records, tables
 from sonovqa.cli import UserError, console
 
 PAGE = tables.ROOT / "README.md"
@@ -22,12 +22,13 @@ GPU_BACKEND = "unsloth"
 
 
 def rows_of(folder: Path) -> Iterator[dict]:
-    """Rows of training benchmarks on a GPU, each with ``bits``, ``device`` and what the weights were."""
+    """Rows of training benchmarks of all layers on a GPU, each with ``bits``, ``device`` and what the weights were."""
     for path in sorted(folder.glob("bench-*.json")):
         record = files.read_json(path)
         if record.get("benchmark") == "train":
             about = {"bits": record["settings"]["bits"], "device": record["device"]["name"], "weights": record.get("weights")}
-            yield from (row | about for row in record["rows"] if row.get("backend") == GPU_BACKEND)
+            found = (row for row in record["rows"] if row.get("layers", bench_steps.ALL) == bench_steps.ALL)
+            yield from (row | about for row in found if row.get("backend") == GPU_BACKEND)
 
 
 def _model(row: Mapping) -> str:

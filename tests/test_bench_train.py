@@ -18,7 +18,7 @@ SIZE = (96, 64)
 MEASURED = ("seconds", "losses", "median_seconds", "mean_seconds", "spread_seconds", "pairs_per_second", "peak_memory_bytes",
             "loss", "first_loss", "warmup_seconds", "backend")  # fmt: skip
 ABOUT = ("questions_an_image", "image_tokens", "prefix_tokens", "branch_tokens", "token_limit", "micro_batch", "accumulate",
-         "sequence_tokens", "model", "size", "pairs", "batching")  # fmt: skip
+         "sequence_tokens", "model", "size", "pairs", "layers", "batching")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,19 @@ def work(base, data, tmp_path_factory) -> bench_steps.Work:
     record = tmp_path_factory.mktemp("bench") / "raw.json"
     bench_records.start(record, "train", {"steps": 3}, {"data": "toy"})
     return bench_steps.Work(
-        record, data, str(base), "shared", ((SIZE, 16), (SIZE, 32)), None, 2, 3, 2, bits=16, rank=4, checkpointing=True, seed=1
+        record,
+        data,
+        str(base),
+        "shared",
+        (("all", SIZE, 16), ("all", SIZE, 32)),
+        None,
+        2,
+        3,
+        2,
+        bits=16,
+        rank=4,
+        checkpointing=True,
+        seed=1,
     )
 
 
@@ -36,7 +48,7 @@ def rows(work) -> list[dict]:
     """Both ways of batching, then micro-batches of one image."""
     bench_steps.measure(work)
     bench_steps.measure(replace(work, batching="separate"))
-    bench_steps.measure(replace(work, cells=((SIZE, 16),), micro=1))
+    bench_steps.measure(replace(work, cells=(("all", SIZE, 16),), micro=1))
     return bench_records.rows(work.record)
 
 
@@ -116,6 +128,26 @@ def test_a_stopped_run_keeps_its_rows_and_goes_on_after_them(base, data, tmp_pat
     assert record.with_suffix(".md").read_text().count("\n") == 4
     with pytest.raises(UserError, match="measured with another settings"):
         bench.main([*command, "--rank", "8"])
+
+
+def test_layers_left_out_are_not_trained(work, tmp_path):
+    """Each model is loaded anew: the same first loss, since LoRA begins at nothing, then another."""
+    record = tmp_path / "layers.json"
+    bench_records.start(record, "train", {"steps": 3}, {"data": "toy"})
+    bench_steps.measure(replace(work, record=record, cells=tuple((layers, SIZE, 16) for layers in bench_steps.LAYERS)))
+    found = {row["layers"]: row for row in bench_records.rows(record)}
+    trained = {layers: row["trained_parameters"] for layers, row in found.items()}
+    assert list(found) == list(bench_steps.LAYERS)
+    assert trained["no-vision"] + trained["no-language"] == trained["no-attention"] + trained["no-mlp"] == trained["all"]
+    assert len({row["first_loss"] for row in found.values()}) == 1 < len({row["loss"] for row in found.values()}) - 3
+    table = bench_train.markdown({"rows": list(found.values())})
+    assert "| LoRA on | trained |" in table and f"| no vision | {trained['no-vision']:,} |" in table
+    assert not any("ratio" in row for row in bench_train.compared(list(found.values()))), "they do other work, so no ratio"
+
+
+def test_layers_are_raw_steps_only(base, data, tmp_path):
+    with pytest.raises(UserError, match="--layers no-mlp with --end-to-end"):
+        bench.main(words(data, base, tmp_path / "r.json", "--pairs", "8", "--end-to-end", "--layers", "no-mlp"))
 
 
 def test_end_to_end_the_peers_train_on_the_same_pairs(base, data, tmp_path):

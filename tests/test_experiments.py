@@ -28,9 +28,9 @@ KNOBS = {
     "RUNS": "t", "SEEDS": "1",
     "MODELS": "base", "IMAGES": "6", "LIMIT": "2", "SIZES": "2B", "WEIGHTS": "weights", "PROCESSOR": "base", "SIZE_PX": "64x48",
     "TRAIN": "--steps 2 --batch 2 --accumulate 1 --eval-every 2 --no-merge --report-to none",
-    "STEPS": "--steps 1 --batch 1 --accumulate 1 --eval-every 1 --report-to none",
+    "PAIRS": "8", "STEPS": "--steps 1 --warmup 1 --prepared 1 --rank 2", "BITS": "16", "ROWS": "1",
     "EVAL": "--adapter --resamples 20 --max-new-tokens 3",
-    "ANSWER": "--engines shared --rows 1 --new-tokens 2",
+    "ANSWER": "--engines shared",
 }  # fmt: skip
 SCRIPTS = {"train.py": train, "evaluate.py": evaluate, "prepare_dataset.py": prepare_dataset}
 

@@ -1,4 +1,5 @@
-"""Raw optimiser steps: forward, backward and update on batches made beforehand, in one process a model and way of batching.
+"""Raw optimiser steps: forward, backward and update on batches made beforehand, in one process a model, choice of
+layers and way of batching.
 
 A process of its own makes peak memory honest and lets Unsloth compile once; processes side by side take turns
 (`bench_turns`). The batches are those that train.py would
@@ -10,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import itertools
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -35,8 +35,8 @@ class Work:
         data: a prepared data set with the same number of questions an image.
         model: what ``--model`` names.
         batching: ``shared`` or ``separate``.
-        cells: ``(layers, (width, height), QA pairs an optimiser step)`` each: one of `LAYERS`, and the size that images are
-            resized to. The model is loaded anew for other layers.
+        layers: one of `LAYERS`.
+        cells: ``((width, height), QA pairs an optimiser step)`` each; images are resized to that size.
         micro: images a micro-batch (separate: so many images' questions); ``None`` for the whole step at once.
         warmup, steps: steps before the clock starts, and timed ones.
         prepared: different steps' batches, used in turn; all are met in the warm-up, so none compiles under the clock.
@@ -47,7 +47,8 @@ class Work:
     data: Path
     model: str
     batching: str
-    cells: tuple[tuple[str, tuple[int, int], int], ...]
+    layers: str
+    cells: tuple[tuple[tuple[int, int], int], ...]
     micro: int | None
     warmup: int
     steps: int
@@ -64,24 +65,18 @@ def measure(work: Work) -> None:
     Raises:
         UserError: if the data set has too few images, or the model cannot be had.
     """
-    for layers, cells in itertools.groupby(work.cells, key=lambda cell: cell[0]):
-        _measure(work, layers, [(size, pairs) for _, size, pairs in cells])
-        gc.collect()  # a model and its adapter refer to each other
-
-
-def _measure(work: Work, layers: str, cells: Sequence[tuple[tuple[int, int], int]]) -> None:
     import torch
 
     with bench_turns.beside_others():
-        loaded, model = _load(work, layers)
+        loaded, model = _load(work)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = [parameter.detach().to("cpu", copy=True) for parameter in trained]
-    for size, pairs in cells:
+    for size, pairs in work.cells:
         with torch.no_grad():  # every cell starts from the same weights, whatever was measured before it
             for parameter, value in zip(trained, start, strict=True):
                 parameter.copy_(value)
         steps, about = prepare(work, loaded.processor, model, size, pairs)
-        row = row_of(work, layers, size, pairs) | about
+        row = row_of(work, size, pairs) | about
         row |= {"backend": loaded.backend, "trained_parameters": sum(parameter.numel() for parameter in trained)}
         try:
             row |= time_steps(model, trained, steps, work.warmup, work.steps, pairs)
@@ -92,10 +87,10 @@ def _measure(work: Work, layers: str, cells: Sequence[tuple[tuple[int, int], int
         del steps
 
 
-def row_of(work: Work, layers: str, size: tuple[int, int], pairs: int) -> dict:
+def row_of(work: Work, size: tuple[int, int], pairs: int) -> dict:
     """What tells a row of raw steps from all others."""
     named = {"kind": "raw", "model": Path(work.model).name, "size": f"{size[0]}x{size[1]}", "pairs": pairs}
-    return named | {"layers": layers, "batching": work.batching}
+    return named | {"layers": work.layers, "batching": work.batching}
 
 
 def prepare(work: Work, processor, model, size: tuple[int, int], pairs: int) -> tuple[list[list[dict]], dict]:
@@ -294,7 +289,7 @@ def _run(function, work) -> None:
     cli.run(lambda: function(work))
 
 
-def _load(work: Work, layers: str):
+def _load(work: Work):
     import torch
 
     torch.manual_seed(work.seed)
@@ -302,7 +297,7 @@ def _load(work: Work, layers: str):
     if backend == "unsloth":
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
     loaded = models.load_for_training(models.locate(work.model), work.bits, checkpointing=work.checkpointing)
-    without = {layers.removeprefix("no-"): False} if layers != ALL else {}
+    without = {work.layers.removeprefix("no-"): False} if work.layers != ALL else {}
     how = models.Adapting(rank=work.rank, seed=work.seed, checkpointing=work.checkpointing, **without)
     model = models.adapt(loaded, how)
     if backend == "unsloth":

@@ -126,12 +126,12 @@ def check(args: argparse.Namespace) -> None:
 
 
 def raw(args: argparse.Namespace, model: str) -> None:
-    """Raw steps of one model, a process a way of batching, cells that are in the record left out."""
-    for batching in args.batching:
-        wanted = tuple(itertools.product(args.layers, args.size, args.pairs))
+    """Raw steps of one model, a process a way of batching and choice of layers, cells that are in the record left out."""
+    wanted = tuple(itertools.product(args.size, args.pairs))
+    for batching, layers in itertools.product(args.batching, args.layers):
         work = bench_steps.Work(
-            args.record, args.data, model, batching, wanted, args.micro, args.warmup, args.steps, args.prepared, args.bits,
-            args.rank, args.checkpointing, args.seed,
+            args.record, args.data, model, batching, layers, wanted, args.micro, args.warmup, args.steps, args.prepared,
+            args.bits, args.rank, args.checkpointing, args.seed,
         )  # fmt: skip
         cells = tuple(cell for cell in wanted if is_new(args.record, bench_steps.row_of(work, *cell)))
         if cells:

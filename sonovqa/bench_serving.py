@@ -112,12 +112,24 @@ def _tree_bytes(pid: int) -> int:
 
 def device_used() -> int | None:
     """Bytes in use on the first GPU, by nvidia-smi; ``None`` where there is none. No CUDA context is made for it."""
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    told = _nvidia_smi("--query-gpu=memory.used", "--format=csv,noheader,nounits")
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
         return int(float(told.split()[0]) * 2**20)
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+    except (ValueError, IndexError):
         return None
+
+
+def device_processes() -> int:
+    """How many processes compute on the first GPU, by nvidia-smi; 0 where there is none."""
+    return len(_nvidia_smi("--query-compute-apps=pid", "--format=csv,noheader").split("\n")) - 1
+
+
+def _nvidia_smi(*query: str) -> str:
+    try:
+        command = ["nvidia-smi", *query, "--id=0"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def stated_weights(log: Path) -> int | None:

@@ -27,6 +27,7 @@ def rows_of(folder: Path) -> Iterator[dict]:
         record = files.read_json(path)
         if record.get("benchmark") == "train":
             about = {"bits": record["settings"]["bits"], "device": record["device"]["name"], "weights": record.get("weights")}
+            about["record"] = path.name
             found = (row for row in record["rows"] if row.get("layers", bench_steps.ALL) == bench_steps.ALL)
             yield from (row | about for row in found if row.get("backend") == GPU_BACKEND)
 
@@ -37,11 +38,11 @@ def _model(row: Mapping) -> str:
 
 
 def shared(found: list[dict]) -> list[list[str]]:
-    """Of each model the largest step and image that was measured both ways, then all that was measured end to end."""
+    """Of each model the largest image and step that was measured both ways in one run, then all that was measured end to end."""
     head = ["model, images, QA pairs a step", "", "QA pairs/s ↑", "memory ↓", "ratio ↑"]
     lines = []
-    raw = {(row["model"], row["bits"], row["size"], row["pairs"], row["batching"]): row for row in found if row["kind"] == "raw"}
-    both = [key[:4] for key in raw if key[4] == "shared" and (*key[:4], "separate") in raw]
+    raw = {(*_what(row), row["record"], row["batching"]): row for row in found if row["kind"] == "raw"}
+    both = [key[:-1] for key in raw if key[-1] == "shared" and (*key[:-1], "separate") in raw]
     for model, bits in dict.fromkeys(key[:2] for key in sorted(both)):
         largest = max((key for key in both if key[:2] == (model, bits)), key=lambda key: (_pixels(key[2]), key[3]))
         one, other = (raw[*largest, batching] for batching in ("shared", "separate"))

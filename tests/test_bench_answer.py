@@ -10,7 +10,17 @@ import time
 import pytest
 from stand_in import StandIn
 
-from sonovqa import bench_answer, bench_answer_table, bench_images, bench_records, bench_serving, bench_timing, chat, cli
+from sonovqa import (
+    bench_answer,
+    bench_answer_table,
+    bench_images,
+    bench_records,
+    bench_serving,
+    bench_timing,
+    bench_worker,
+    chat,
+    cli,
+)
 from sonovqa.bench_worker import ONE_AT_A_TIME, SHARED, VLLM, Case
 from sonovqa.cli import UserError
 from sonovqa.engines import Reply
@@ -179,6 +189,18 @@ def test_memory_of_a_server_is_that_of_all_its_processes(monkeypatch):
     process.stdout.close()
     assert 90e6 < now <= memory.peak < 400e6
     assert memory.kind == "main memory of its processes"
+
+
+@pytest.mark.parametrize(("processes", "known"), [("100", True), ("100\n200", False)])
+def test_a_device_that_others_use_too_tells_nothing_about_this_process(processes, known, tmp_path, monkeypatch):
+    (tmp_path / "processes").write_text(f"{processes}\n")
+    asked = f'#!/bin/sh\ncase "$1" in *compute-apps*) cat {tmp_path}/processes ;; *) echo 3000 ;; esac\n'
+    (tmp_path / "nvidia-smi").write_text(asked)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert bench_serving.device_used() == 3000 * 2**20
+    taken = bench_worker._taken("peak", 1000 * 2**20)
+    assert taken["device_peak"] == (2000 * 2**20 if known else None)
 
 
 def test_what_vllms_log_states_is_read(tmp_path):

@@ -6,7 +6,9 @@ import argparse
 import errno
 import math
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 
 from rich.console import Console
@@ -27,6 +29,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 #: Faults of a disk and of a path, which are nobody's programming error.
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 MISPLACED = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP}
+FIRST_SPEAKS = 5.0  # seconds that torchrun's other processes wait before they say their mistake themselves
 
 
 class UserError(Exception):
@@ -101,6 +104,7 @@ def run(main: Callable[[], int | None], resume: str = "the same command goes on 
     try:
         status = main() or 0
     except UserError as mistake:
+        _let_the_first_speak()
         sys.stderr.write(f"error: {mistake}\n")
         status = 2
     except KeyboardInterrupt:
@@ -120,6 +124,14 @@ def run(main: Callable[[], int | None], resume: str = "the same command goes on 
         status = 2
     sys.stdout.flush()
     sys.exit(status)
+
+
+def _let_the_first_speak() -> None:
+    """Of torchrun's processes, which mostly meet the same mistake, only the first is to say it: torchrun ends the others as soon
+    as it is gone. If it is not, the mistake is this process's own."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(FIRST_SPEAKS)
 
 
 def _interrupted(kind, value, trace) -> None:

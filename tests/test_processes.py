@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from datasets import DatasetDict, concatenate_datasets
 from running import losses_of, words
 from safetensors.torch import load_file
 
-from sonovqa import resuming
+from sonovqa import cli, resuming
 
 
 def launched(*command: str) -> tuple[dict, str]:
@@ -53,6 +54,29 @@ def test_two_processes_give_the_run_of_one(base, data, tmp_path):
     assert left.keys() == right.keys() and all(torch.isfinite(tensor).all() for tensor in right.values())
     assert said.count("step     1  loss") == 1 and said.count("merge check passed") == 1, "one of them prints"
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+def test_a_mistake_of_all_processes_is_said_once(tmp_path):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    command = (*torchrun, "train.py", "--data", str(tmp_path / "none"), "--model", "tiny", "--run-name", "r")
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240
+    )
+    assert done.returncode and done.stderr.count("\nerror: ") + done.stderr.startswith("error: ") == 1, done.stderr[-2000:]
+
+
+def test_a_mistake_of_one_process_is_said_too(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "FIRST_SPEAKS", 0.01)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def mistaken():
+        raise cli.UserError("its own disk is full")
+
+    with pytest.raises(SystemExit) as left:
+        cli.run(mistaken)
+    signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 2 and capsys.readouterr().err == "error: its own disk is full\n"
 
 
 def test_several_processes_are_told_to_go_on_as_many(monkeypatch):

@@ -6,7 +6,8 @@
     python -m sonovqa.bench load --help
 
 A record (outputs/bench/*.json) holds hardware, versions, commit, sizes, settings and rows. It is whole after every row:
-stopped by whatever means, the same command goes on after the rows that are there.
+stopped by whatever means, the same command goes on after the rows that are there. Benchmarks on one device take turns: they load
+and warm up side by side, and wait while one is timed.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import pytest
 
 from sonovqa import bench_turns
 
-SPELL = 0.4
+SPELL = 0.2
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +53,22 @@ def test_nothing_goes_on_beside_what_is_timed():
     assert all(overlap(one, other) <= 0 for one in timed for other in found if other is not one)
 
 
+def meet(turn, both, told) -> None:
+    """Wait for the other process inside a turn."""
+    with turn():
+        both.wait(timeout=60)
+        told.put(True)
+
+
 def test_warming_up_goes_on_side_by_side():
-    one, other = held([bench_turns.beside_others], [bench_turns.beside_others])
-    assert overlap(one, other) > SPELL / 2
+    context = multiprocessing.get_context("fork")
+    both, told = context.Barrier(2), context.Queue()
+    started = [context.Process(target=meet, args=(bench_turns.beside_others, both, told)) for _ in range(2)]
+    for process in started:
+        process.start()
+    assert [told.get(timeout=60) for _ in started] == [True, True]
+    for process in started:
+        process.join()
 
 
 def test_a_turn_ends_with_what_went_wrong_in_it():

@@ -31,6 +31,7 @@ from sonovqa import (
     prompt_variants,
     records,
     resuming,
+    tracking,
     training_flags,
 )
 from sonovqa.cli import UserError, console
@@ -90,7 +91,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--resume", action="store_true", help="go on from the run's last whole checkpoint")
     run.add_argument("--merge", action=flag, default=True, help="write and check merged/ at the end")
     run.add_argument(
-        "--report-to", choices=("mlflow", "none"), default="mlflow", help="tracker; MLFLOW_TRACKING_URI or outputs/mlflow.db"
+        "--report-to",
+        choices=tracking.CHOICES,
+        default=tracking.MLFLOW,
+        help="tracker: MLFLOW_TRACKING_URI or outputs/mlflow.db, outputs/<run>/tensorboard, Weights & Biases, or run.json alone",
     )
     run.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the weights there at the end; token in HF_TOKEN")
     run.add_argument("--public", action="store_true", help="with --push-to-hub: everybody may read them (unset: private)")
@@ -128,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         from sonovqa import finishing
 
         record = finishing.record(args, base, loaded, trainer, plans["train"], progress, encoder.head)
-        finishing.finish(args, folder, loaded, trainer, record, progress.tracking)
+        finishing.finish(args, folder, loaded, trainer, record, progress.tracker)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -153,6 +157,7 @@ def check(args: argparse.Namespace) -> None:
     if args.head == choice.CHOICE and args.task == REPORT_ID:
         problems.append(f"--head choice with --task {REPORT_ID}; a report has no labels; name a closed question, or all of them")
     problems += models.wrong_pixels(args.min_pixels, args.max_pixels)
+    problems += tracking.problems(args.report_to)
     cli.check(problems)
     prompt_variants.check(args.prompts, args.task)
     planning.check_weighting(args)
@@ -252,9 +257,9 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     validate = "validation" in plans and not args.dry_run
     place = Path(tempfile.gettempdir()) if args.dry_run else folder / "checkpoints"
     config = training.configure(args, place, validate, TIMED_STEPS if args.dry_run else args.steps)
-    tracked = int(os.environ.get("RANK", 0)) == 0 and not args.dry_run and args.report_to != "none"
-    tracking = records.start_tracking(args.outputs, args.run, vars(args)) if tracked else None
-    progress = training.Progressing(plans["train"].questions, plans["train"].tokens, tracking)
+    tracked = int(os.environ.get("RANK", 0)) == 0 and not args.dry_run
+    tracker = tracking.start(args.report_to, args.outputs, args.run, vars(args)) if tracked else None
+    progress = training.Progressing(plans["train"].questions, plans["train"].tokens, tracker)
     callbacks = [progress]
     if args.patience and validate:
         callbacks.append(EarlyStoppingCallback(args.patience))

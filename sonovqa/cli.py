@@ -18,6 +18,7 @@ for _name in ("HF_HUB_DISABLE_TELEMETRY", "MLFLOW_DISABLE_TELEMETRY", "UNSLOTH_D
               "DO_NOT_TRACK"):  # fmt: skip
     os.environ.setdefault(_name, "true" if _name.startswith("MLFLOW") else "1")
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 
 RESEARCH_NOTICE = "Research use only. Not a medical device: no answer here may guide the care of a patient."
 

@@ -24,7 +24,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from sonovqa import cli, experiments_blocks, files, records
+from sonovqa import cli, experiments_blocks, files, records, tracking, tracking_mlflow
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
 from sonovqa.experiments_sweep import DONE, STYLES, Outcome, Processes, Sweep, run_all
@@ -69,9 +69,9 @@ def perform_all(blocks: Mapping[str, Sequence[Command]], call=None, jobs: int = 
     call = call or Processes(logs, threads)
     sweeps = {name: Sweep(name, OUTPUTS / "experiments" / f"{name}.json", call) for name in blocks}
     for name, sweep in sweeps.items():
-        trains = any(command.run and command.value("--report-to") != "none" for command in blocks[name])
+        trains = any(command.run and command.value("--report-to") in (None, tracking.MLFLOW) for command in blocks[name])
         if trains and name != experiments_blocks.DATA:
-            sweep.state["parent"] = records.open_parent(OUTPUTS, f"experiment {name}", sweep.state["parent"])
+            sweep.state["parent"] = tracking_mlflow.open_parent(OUTPUTS, f"experiment {name}", sweep.state["parent"])
             files.write_json(sweep.path, sweep.state)
     ended: dict[str, list[Outcome]] = {}
     try:
@@ -80,7 +80,7 @@ def perform_all(blocks: Mapping[str, Sequence[Command]], call=None, jobs: int = 
     finally:
         for name, sweep in sweeps.items():
             if sweep.state["parent"]:
-                records.close_parent(OUTPUTS, sweep.state["parent"], _status(ended.get(name)))
+                tracking_mlflow.close_parent(OUTPUTS, sweep.state["parent"], _status(ended.get(name)))
     for found in ended.values():
         show(found)
     return ended

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from sonovqa import files, records
+from sonovqa import files, records, tracking
 from sonovqa.cli import UserError
 
 LARGEST = 20_000  # bytes of a committed record
@@ -189,17 +189,11 @@ def write(path: Path, record: Mapping, experiment: str | None = None, command: s
 
 
 def track(run: Path) -> None:
-    """Put the scores of a run's evaluations, and their files, into its MLflow run; nothing where it has none.
-
-    The report holds images: where MLflow writes is another machine it stays here.
-    """
-    kept = ("scores.json", "report.html") if records.tracks_here(run.parent) else ("scores.json",)
-    if not (run / records.TRACKED).exists():
-        return
+    """Tell the trackers that know a run of its evaluations' scores, and hand them their files (`tracking.attach`)."""
     for name, scores in evaluations(run).items():
         made = {"overall accuracy": scores["overall"]["metrics"]["accuracy"]["value"]}
         made |= {
             f"{kind} {one['headline']}": one["metrics"][one["headline"]]["value"] for kind, one in scores["questions"].items()
         }
         shown = {key: value for key, value in made.items() if value is not None}
-        records.attach(run, [run / name / file for file in kept], shown)
+        tracking.attach(run, [run / name / "scores.json"], [run / name / "report.html"], shown)

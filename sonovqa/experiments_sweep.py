@@ -255,7 +255,8 @@ def _told(outcome: Outcome, place: Place, jobs: int) -> Outcome:
 def run_one(sweep: Sweep, command: Command) -> Outcome | None:
     """Run one command; afterwards its scores are in MLflow too. ``None`` if it was interrupted."""
     begun = command.run and resuming.stage(command.run) != "new"
-    parent = {"MLFLOW_PARENT_RUN_ID": sweep.state["parent"]} if sweep.state["parent"] else {}
+    parent = {"WANDB_RUN_GROUP": f"experiment {sweep.name}"}
+    parent |= {"MLFLOW_PARENT_RUN_ID": sweep.state["parent"]} if sweep.state["parent"] else {}
     started = time.perf_counter()
     status = sweep.call(Command((*command.words, "--resume")) if begun else command, parent)
     took = round(time.perf_counter() - started, 1)

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sonovqa import cli, dataset, files, hub, merging, models, records, resuming
+from sonovqa import cli, dataset, files, hub, merging, models, records, resuming, tracking
 from sonovqa.cli import console
 from sonovqa.planning import Plan
 
@@ -72,7 +72,7 @@ def mean_loss(curve: list[dict]) -> float:
     return sum((step - start) * loss for start, (step, loss) in zip(starts, logged)) / logged[-1][0]
 
 
-def finish(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict, tracking=None) -> None:
+def finish(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict, tracker=None) -> None:
     """Save, free the device, merge and check in a process of its own, write the record, say where everything is.
 
     Raises:
@@ -81,7 +81,7 @@ def finish(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict, t
     save(args, folder, loaded, trainer, run)
     trainer.model = trainer.model_wrapped = loaded.model = None
     merging.free()
-    merge_and_record(args, folder, run, tracking)
+    merge_and_record(args, folder, run, tracker)
 
 
 def no_step_is_left(args: argparse.Namespace, folder: Path) -> bool:
@@ -97,12 +97,12 @@ def no_step_is_left(args: argparse.Namespace, folder: Path) -> bool:
         console.print(f"{folder} is finished; nothing is left to do{hint}", soft_wrap=True)
     elif stage == "trained" and int(os.environ.get("RANK", 0)) == 0:
         console.print("the training was finished before: " + ("merging only" if args.merge else "only its record is written"))
-        tracking = None if args.report_to == "none" else records.start_tracking(args.outputs, args.run, vars(args))
-        merge_and_record(args, folder, files.read_json(folder / "plan.json"), tracking)
+        tracker = tracking.start(args.report_to, args.outputs, args.run, vars(args))
+        merge_and_record(args, folder, files.read_json(folder / "plan.json"), tracker)
     return stage in ("finished", "trained")
 
 
-def merge_and_record(args: argparse.Namespace, folder: Path, run: dict, tracking=None) -> None:
+def merge_and_record(args: argparse.Namespace, folder: Path, run: dict, tracker=None) -> None:
     """Merge what `save` wrote unless that is done already, write run.json last. Raises as `finish` does."""
     import torch
 
@@ -113,8 +113,8 @@ def merge_and_record(args: argparse.Namespace, folder: Path, run: dict, tracking
         run["merge_check"] = {key: told for key, told in files.read_json(folder / "merge.json").items() if key != "answers"}
         shutil.rmtree(folder / "weights", ignore_errors=True)
     path = records.write_run(folder, run)
-    if tracking:
-        tracking.finish(path)
+    if tracker:
+        tracker.finish(path)
     say_end(args, folder, run)
     hub.push_if_asked(args, folder)
 

@@ -55,7 +55,7 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         gradient_checkpointing=args.checkpointing and cuda,
         logging_steps=args.log_every,
         disable_tqdm=True,
-        report_to="none",  # `records.Tracking` does it
+        report_to="none",  # `tracking` does it
         eval_strategy="steps" if validate else "no",
         eval_steps=args.eval_every,
         save_strategy="no" if args.dry_run else "steps",
@@ -209,7 +209,7 @@ class Progressing(TrainerCallback):
 
     Args:
         questions, tokens: of one pass over the training split.
-        tracking: a `records.Tracking` or ``None``.
+        tracker: a `tracking.Tracker` or ``None``.
 
     Attributes:
         curve: what was logged, ``{step, loss, …}`` each; a ``loss`` is the mean over the steps since the one before.
@@ -217,8 +217,8 @@ class Progressing(TrainerCallback):
         stopped: whether Ctrl-C ended the training.
     """
 
-    def __init__(self, questions: int, tokens: int, tracking=None):
-        self.per_pass, self.tracking = (questions, tokens), tracking
+    def __init__(self, questions: int, tokens: int, tracker=None):
+        self.per_pass, self.tracker = (questions, tokens), tracker
         self.curve: list[dict] = []
         self.resumed_at: list[int] = []
         self.stopped = False
@@ -269,8 +269,8 @@ class Progressing(TrainerCallback):
         elif "eval_loss" in known:
             self._say(f"step {state.global_step:>5}  validation loss {known['eval_loss']:.4f}")
         self.curve.append({"step": state.global_step, **known})
-        if self.tracking:
-            self.tracking.metrics(known, state.global_step)
+        if self.tracker:
+            self.tracker.metrics(known, state.global_step)
 
     def on_save(self, args, state, control, **_):
         """Finish a checkpoint: curve and time, the mark that it is whole; only then older ones go."""

@@ -15,7 +15,7 @@ from conftest import ROOT
 from stand_in import StandIn, send
 from test_endpoint import ask, engine, only
 
-from sonovqa import answering, chat, credentials, experiments_records, files, records
+from sonovqa import answering, chat, credentials, experiments_records, files, tracking_mlflow
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import EngineError
@@ -80,7 +80,7 @@ def test_served_name_never_becomes_a_path_outside_outputs(name):
 
 def test_password_of_a_tracking_server_is_not_written(monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://me:{KEY}@host:5000/mlflow")
-    assert credentials.without_userinfo(records.tracking_uri(tmp_path)) == "https://host:5000/mlflow"
+    assert credentials.without_userinfo(tracking_mlflow.tracking_uri(tmp_path)) == "https://host:5000/mlflow"
     assert credentials.without_userinfo("sqlite:////a/b@c/mlflow.db") == "sqlite:////a/b@c/mlflow.db"
 
 
@@ -101,8 +101,10 @@ def test_report_with_its_images_goes_to_no_tracking_server(monkeypatch, tmp_path
         "questions": {"Q7": {"headline": "accuracy", "metrics": {"accuracy": score}}},
     }
     files.write_json(run / "eval-test" / "scores.json", made)
-    files.write_json(run / records.TRACKED, {})
-    monkeypatch.setattr(records, "attach", lambda folder, artefacts, metrics: sent.append([path.name for path in artefacts]))
+    files.write_json(run / tracking_mlflow.TRACKED, {})
+    monkeypatch.setattr(
+        tracking_mlflow, "attach", lambda folder, artefacts, metrics: sent.append([path.name for path in artefacts])
+    )
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     experiments_records.track(run)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracking:5000")

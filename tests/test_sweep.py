@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sonovqa import experiments, experiments_blocks, files, records
+from sonovqa import experiments, experiments_blocks, files, tracking, tracking_mlflow
 from sonovqa.cli import UserError
 from sonovqa.experiments_sweep import DONE, FAILED, SKIPPED
 
@@ -206,26 +206,26 @@ def test_mlflow_runs_stand_below_their_experiment_and_a_resumed_one_goes_on(tmp_
     from mlflow import MlflowClient
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    parent = records.open_parent(tmp_path, "experiment 3")
+    parent = tracking_mlflow.open_parent(tmp_path, "experiment 3")
     monkeypatch.setenv("MLFLOW_PARENT_RUN_ID", parent)
-    first = records.start_tracking(tmp_path, "a", {"seed": 1, "resume": False})
+    first = tracking.start("mlflow", tmp_path, "a", {"seed": 1, "resume": False})
     first.metrics({"loss": 2.0}, 1)
-    resumed = records.start_tracking(tmp_path, "a", {"seed": 1, "resume": True})  # the first was killed
+    resumed = tracking.start("mlflow", tmp_path, "a", {"seed": 1, "resume": True})  # the first was killed
     resumed.metrics({"loss": 1.0}, 2)
     files.write_json(tmp_path / "a" / "run.json", {})
     resumed.finish(tmp_path / "a" / "run.json")
     files.write_json(tmp_path / "a" / "eval-test" / "scores.json", {})
-    records.attach(
+    tracking_mlflow.attach(
         tmp_path / "a", [tmp_path / "a" / "eval-test" / "scores.json"], {"Q7 accuracy": 0.5, "Q4 within 10 %, of mm": 0.25}
     )
-    records.close_parent(tmp_path, parent, "FINISHED")
-    client = MlflowClient(records.tracking_uri(tmp_path))
-    runs = client.search_runs([client.get_experiment_by_name(records.EXPERIMENT).experiment_id])
+    tracking_mlflow.close_parent(tmp_path, parent, "FINISHED")
+    client = MlflowClient(tracking_mlflow.tracking_uri(tmp_path))
+    runs = client.search_runs([client.get_experiment_by_name(tracking_mlflow.EXPERIMENT).experiment_id])
     assert len(runs) == 2 and resumed.run_id == first.run_id
     run = client.get_run(first.run_id)
-    assert run.data.tags[records.PARENT] == parent == records.open_parent(tmp_path, "experiment 3", parent)
+    assert run.data.tags[tracking_mlflow.PARENT] == parent == tracking_mlflow.open_parent(tmp_path, "experiment 3", parent)
     assert [point.value for point in client.get_metric_history(first.run_id, "loss")] == [2.0, 1.0]
     assert run.data.metrics["Q4 within 10 percent_ of mm"] == 0.25, "MLflow takes no % and no comma"
     assert run.data.metrics["Q7 accuracy"] == 0.5 and run.info.status == "FINISHED"
     assert {item.path for item in client.list_artifacts(first.run_id)} == {"run.json", "eval-test"}
-    assert records.start_tracking(tmp_path, "b", {"resume": True}).run_id != first.run_id
+    assert tracking.start("mlflow", tmp_path, "b", {"resume": True}).run_id != first.run_id

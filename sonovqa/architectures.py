@@ -11,11 +11,13 @@ own class and published image size around its tokenizer, cut to as many tokens a
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 
-from sonovqa import cli, files
+from sonovqa import cli, files, torchvision_ops
 from sonovqa.architectures_sizes import SIZES
+from sonovqa.weights import Tensor
 
 #: The chat formats that Llama 3.2 Vision and LLaVA-1.5 were published with, for one image in front of its question.
 LLAMA_TEMPLATE = """\
@@ -49,6 +51,18 @@ def config(size: str):
 
     given = dict(SIZES[size])
     return AutoConfig.for_model(given.pop("model_type"), **given, dtype="bfloat16")
+
+
+@functools.cache
+def shapes(size: str) -> dict[str, Tensor]:
+    """The tensors of a size as a safetensors header would name them; nothing is allocated."""
+    torchvision_ops.declare()
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config(size))
+    return {name: Tensor(tuple(tensor.shape), "BF16") for name, tensor in model.state_dict().items()}
 
 
 def cut_tokenizer(tokenizer, count: int, special: tuple[str, ...], **roles):

@@ -26,14 +26,15 @@ ABREAST = 3  # rows side by side on a narrow terminal
 _SAME = ("benchmark", "settings", "sizes", "commit", "device")  # what all rows of a record have in common
 
 
-def start(path: Path, benchmark: str, settings: dict, sizes: dict) -> dict:
+def start(path: Path, benchmark: str, settings: dict, sizes: dict, program: str = "sonovqa.bench") -> dict:
     """Begin a record, or go on with the one at ``path``.
 
     Args:
         path: the JSON file.
-        benchmark: which one: ``train``, ``answer`` or ``load``. The command line is kept with it.
+        benchmark: which one: ``train``, ``answer``, ``load`` or ``plan``. The command line is kept with it.
         settings: what every row was measured with: steps, bits, rank, …
         sizes: what it was measured on: data set, rows, image sizes, parameters, …
+        program: what ``python -m`` ran.
 
     Returns:
         The record, ``rows`` among it.
@@ -42,7 +43,7 @@ def start(path: Path, benchmark: str, settings: dict, sizes: dict) -> dict:
         UserError: if the record there was made with other settings, at another commit or on another device, or is no whole
             JSON.
     """
-    command = shlex.join(["python", "-m", "sonovqa.bench", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", program, *sys.argv[1:]])
     made = {
         "benchmark": benchmark,
         "commands": [command],

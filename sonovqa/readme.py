@@ -29,12 +29,12 @@ def rows_of(folder: Path) -> Iterator[dict]:
             about = {"bits": record["settings"]["bits"], "device": record["device"]["name"], "weights": record.get("weights")}
             about["record"] = path.name
             found = (row for row in record["rows"] if row.get("layers", bench_steps.ALL) == bench_steps.ALL)
-            yield from (row | about for row in found if row.get("backend") == GPU_BACKEND)
+            yield from (row | about | {"model": _model(row)} for row in found if row.get("backend") == GPU_BACKEND)
 
 
 def _model(row: Mapping) -> str:
-    name = str(row["model"])
-    return f"Qwen3-VL-{name}" if re.fullmatch(r"\d+B", name) else name
+    size = re.fullmatch(r"(?:qwen3-vl-)?(\d+B)", str(row["model"]))
+    return f"Qwen3-VL-{size[1]}" if size else str(row["model"])
 
 
 def shared(found: list[dict]) -> list[list[str]]:
@@ -46,7 +46,7 @@ def shared(found: list[dict]) -> list[list[str]]:
     for model, bits in dict.fromkeys(key[:2] for key in sorted(both)):
         largest = max((key for key in both if key[:2] == (model, bits)), key=lambda key: (_pixels(key[2]), key[3]))
         one, other = (raw[*largest, batching] for batching in ("shared", "separate"))
-        where = f"{_model(one)}, {bits} bits, {largest[2]}, {largest[3]}"
+        where = f"{one['model']}, {bits} bits, {largest[2]}, {largest[3]}"
         lines.append([where, "shared image", *_figures(one), f"**{one['pairs_per_second'] / other['pairs_per_second']:.1f}**"])
         lines.append(["", "a sequence a question", *_figures(other), ""])
     return [head, *lines, *_end_to_end([row for row in found if row["kind"] == "end to end" and "failed" not in row])]
@@ -58,7 +58,7 @@ def _end_to_end(found: list[dict]) -> Iterator[list[str]]:
         alike = [other for other in found if _what(other) == _what(row) and "batching" not in other]
         peers = sorted(alike, key=lambda other: -other["pairs_per_second"])
         gain = f"**{row['pairs_per_second'] / peers[0]['pairs_per_second']:.1f}**" if peers else ""
-        where = f"{_model(row)}, {row['bits']} bits, {row['size']}, {row['pairs']}, data loading included"
+        where = f"{row['model']}, {row['bits']} bits, {row['size']}, {row['pairs']}, data loading included"
         yield [where, "train.py, shared image", *_figures(row), gain]
         for peer in peers:
             yield ["", f"{peer['way']}, {_dealt(peer['setting'])}", *_figures(peer), ""]
@@ -93,14 +93,14 @@ def memory(found: list[dict]) -> list[list[str]]:
     for model, bits, size in sorted({key[:3] for key in cells}, key=lambda key: (_size_of(key[0]), key[1], _pixels(key[2]))):
         row = next(cell for key, cell in cells.items() if key[:3] == (model, bits, size))
         peaks = [cells.get((model, bits, size, batch)) for batch in batches]
-        named = [_model(row), str(bits), f"{size} ({row['image_tokens']} tokens)"]
+        named = [row["model"], str(bits), f"{size} ({row['image_tokens']} tokens)"]
         lines.append([*named, *(records.gigabytes(p["peak_memory_bytes"]) if p else "–" for p in peaks)])
     return [["model", "`--bits`", "image", *(f"`--batch {batch}`" for batch in batches)], *lines]
 
 
 def _size_of(model: str) -> float:
-    found = re.match(r"\d+(?:\.\d+)?", model)
-    return float(found[0]) if found else 0.0
+    found = re.search(r"(\d+(?:\.\d+)?)B$", model)
+    return float(found[1]) if found else 0.0
 
 
 def rewritten(text: str, folder: Path) -> str:

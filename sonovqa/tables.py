@@ -115,7 +115,7 @@ def text_of(heading: str, found: Mapping[str, Mapping]) -> str:
 
 def _body(record: Mapping) -> str:
     """The table of a record that is no run."""
-    from sonovqa import bench_answer_table, bench_load, bench_records, bench_train, robustness_report
+    from sonovqa import bench_answer_table, bench_load, bench_records, bench_train, memory_plan, robustness_report
 
     kind, found = kind_of(record), record.get("rows", [])
     if kind == "robustness":
@@ -125,7 +125,8 @@ def _body(record: Mapping) -> str:
     commands = "```bash\n" + "\n".join(record["commands"]) + "\n```"
     if record["benchmark"] == "train":
         return f"{commands}\n\n{bench_train.markdown(record).strip()}"
-    columns = {"answer": (bench_answer_table.SPEED, bench_answer_table.ROOM), "load": (bench_load.COLUMNS,)}[record["benchmark"]]
+    columns = {"answer": (bench_answer_table.SPEED, bench_answer_table.ROOM), "load": (bench_load.COLUMNS,),
+               "plan": (memory_plan.COLUMNS,)}[record["benchmark"]]  # fmt: skip
     return "\n\n".join([commands, *(bench_records.markdown(found, one).strip() for one in columns)])
 
 

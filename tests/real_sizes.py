@@ -19,12 +19,12 @@ def _qwen2_5_vl_7b():
     return Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
 
 
-def _qwen3_vl(size: str = "8B"):
+def _qwen3_vl_8b():
     from transformers import Qwen3VLForConditionalGeneration
 
     from sonovqa import architectures
 
-    return Qwen3VLForConditionalGeneration, architectures.config(size)
+    return Qwen3VLForConditionalGeneration, architectures.config("8B")
 
 
 def _llama_3_2_11b_vision():
@@ -50,22 +50,18 @@ def _llava_1_5_7b():
 
 MODELS = {
     "Qwen2.5-VL-7B": _qwen2_5_vl_7b,
-    "Qwen3-VL-8B": _qwen3_vl,
+    "Qwen3-VL-8B": _qwen3_vl_8b,
     "Llama-3.2-11B-Vision": _llama_3_2_11b_vision,
     "LLaVA-1.5-7B": _llava_1_5_7b,
 }
 
 
-#: Others that training was measured with.
-TRAINED = {"2B": functools.partial(_qwen3_vl, "2B"), "8B": _qwen3_vl}
-
-
 @functools.cache
 def meta_model(name: str):
-    """One of `MODELS` or `TRAINED` without its numbers."""
+    """One of `MODELS` without its numbers."""
     import torch
 
-    kind, config = (MODELS | TRAINED)[name]()
+    kind, config = MODELS[name]()
     with torch.device("meta"):
         return kind(config)
 

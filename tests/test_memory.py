@@ -14,7 +14,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from sonovqa import bench_images, bench_predictions, bench_worker, families, files, memory, memory_peak, tiny, weights
+from sonovqa import (
+    bench_images,
+    bench_predictions,
+    bench_worker,
+    cli,
+    families,
+    files,
+    memory,
+    memory_peak,
+    memory_plan,
+    tables,
+    tiny,
+    weights,
+)
 from sonovqa.memory_peak import Workload
 
 MIB = 2**20
@@ -69,24 +82,52 @@ def trained_rows() -> list:
     """Rows of the committed benchmarks of training here, and the peers' one without recomputing, in their least words."""
     raw = files.read_json(RECORDS / "bench-train-h200.json")["rows"]
     ends = files.read_json(RECORDS / "bench-train-end-to-end-h200.json")["rows"]
-    told = [(r["model"], r["size"], r["micro_batch"], r["batching"], True, r["peak_memory_bytes"]) for r in raw]
-    told += [("8B", r["size"], 16, "shared", True, r["peak_memory_bytes"]) for r in ends if r["way"] == "train.py, shared"]
-    return told + [("8B", r["size"], 8, "separate", False, r["peak_memory_bytes"]) for r in ends if r["setting"] == "8 none"]
+    told = [(r["model"], 4, r["size"], r["micro_batch"], r["batching"], True, r["peak_memory_bytes"]) for r in raw]
+    told += [("8B", 4, r["size"], 16, "shared", True, r["peak_memory_bytes"]) for r in ends if r["way"] == "train.py, shared"]
+    for bits in (4, 16):
+        layers = files.read_json(RECORDS / f"bench-3-layers-{bits}-bits.json")["rows"]
+        told += [(r["model"].removeprefix("qwen3-vl-"), bits, r["size"], r["micro_batch"], "shared", True, r["peak_memory_bytes"])
+                 for r in layers if r["layers"] == "all"]  # fmt: skip
+    return told + [("8B", 4, r["size"], 8, "separate", False, r["peak_memory_bytes"]) for r in ends if r["setting"] == "8 none"]
 
 
-@pytest.mark.parametrize(("model", "size", "batch", "batching", "checkpointing", "measured"), trained_rows())
-def test_training_is_estimated_within_a_quarter_of_what_was_measured(model, size, batch, batching, checkpointing, measured):
-    shapes, config = real_sizes.shapes(model), real_sizes.meta_model(model).config.to_dict()
+@pytest.mark.parametrize(("model", "bits", "size", "batch", "batching", "checkpointing", "measured"), trained_rows())
+def test_training_is_estimated_within_a_quarter_of_what_was_measured(model, bits, size, batch, batching, checkpointing, measured):
+    shapes, config = memory_plan.shapes(model)
     width, height = map(int, size.split("x"))
     questions = 8 if batching == "shared" else 1
     how = memory.Training(16, batch, width * height, "adamw_8bit", checkpointing, questions=questions)
-    asked = memory.training_bytes(shapes, config, how, 2)[4]
+    asked = memory.training_bytes(shapes, config, how, 2)[bits]
     print(f"{asked / 1e9:.1f} GB estimated, {measured / 1e9:.1f} measured")
     assert asked == pytest.approx(measured, rel=0.25)
 
 
+def test_a_plan_tells_what_was_measured_and_what_nobody_has_measured(tmp_path, capsys):
+    """Qwen3-VL-8B at 4 bits: published parameters, training's measured peak; 32B needs about four times as much."""
+    memory_plan.main(["8B", "32B", "--bits", "4", "16", "--record", str(tmp_path / "plan.json")])
+    said, record = capsys.readouterr().out, files.read_json(tmp_path / "plan.json")
+    eight, in_16, large, _ = record["rows"]
+    measured = [r for r in files.read_json(RECORDS / "bench-train-h200.json")["rows"]
+                if (r["model"], r["size"], r["micro_batch"], r["batching"]) == ("8B", "800x600", 8, "shared")]  # fmt: skip
+    assert eight["parameters"] == pytest.approx(8.77e9, rel=0.01) and large["parameters"] == pytest.approx(33.4e9, rel=0.01)
+    assert eight["training_bytes"] == pytest.approx(measured[0]["peak_memory_bytes"], rel=0.1)
+    assert (eight["gpu_gigabytes"], in_16["gpu_gigabytes"], large["gpu_gigabytes"]) == (16, 24, 32)
+    assert eight["merging_bytes"] == in_16["loaded_bytes"] and "| Qwen3-VL-32B | 33.4 B | 4 |" in tables._body(record)
+    assert "Qwen3-VL-32B" in said and record["commands"][0].startswith("python -m sonovqa.memory_plan")
+
+
+def test_the_least_gpu_leaves_a_tenth_free_and_there_may_be_none():
+    assert memory_plan.plan("8B", 4, 32, 16, 800 * 600, 48)["gpu_gigabytes"] == 24
+    assert memory_plan.plan("32B", 16, 512, 16, 800 * 600, 48)["gpu_gigabytes"] is None
+
+
+def test_a_model_that_shows_no_headers_is_named(tmp_path):
+    with pytest.raises(cli.UserError):
+        memory_plan.main([str(tmp_path / "nothing")])
+
+
 def test_without_unsloth_what_is_not_quantised_is_put_into_fp32():
-    shapes, config = real_sizes.shapes("8B"), real_sizes.meta_model("8B").config.to_dict()
+    shapes, config = memory_plan.shapes("8B")
     left = sum(t.count for name, t in shapes.items() if not memory.is_quantised(name, t))
     how = memory.Training(16, 1, 512 * 384, "adamw_8bit", True, parked=False)
     with_it, without = (memory.training_bytes(shapes, config, replace(how, unsloth=one), 2) for one in (True, False))

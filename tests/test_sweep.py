@@ -193,7 +193,7 @@ def test_side_by_side_prints_into_files_and_says_which_failed(tmp_path, monkeypa
 def test_names_are_checked_and_listed(capsys):
     assert experiments.main(["--list"]) == 0
     listed = capsys.readouterr().out
-    assert all(f"{name}:" in listed for name in (*"012345678", "data", "1-real", "3-gpu", "4-gpu"))
+    assert all(f"{name}:" in listed for name in (*"012345678", "data", "1-real", "3-gpu", "4-gpu", "4-plan"))
     with pytest.raises(UserError, match="no such experiment; 99"):
         experiments.main(["99"])
     with pytest.raises(UserError, match="no experiment named"):

@@ -264,7 +264,7 @@ async function save() {
       const rest = left ? ` ${marksTold(left)} not saved yet.` : "";
       $("marked").textContent = `Saved: ${marksTold(told.saved)}; the sheet holds ${told.images} ${told.images === 1 ? "image" : "images"}.${rest}`;
       announce($("marked").textContent);
-      say("");
+      say(told.behind ?? "");
     }
   } catch (fault) {
     say(fault.message);

@@ -26,6 +26,7 @@ from sonovqa.questions import CATEGORIES, QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 UNSORTED = "Unsorted"  # the folder of images whose view nobody named
+VERDICTS = ("right", "wrong", "withdrawn")
 LONGEST_TEXT = 8000  # characters of an answer or a correction
 LONGEST_PATIENT = 64
 REST = 9  # times as long as the workbook took to write it is then left alone, so that a tenth of a processor goes into it
@@ -43,6 +44,7 @@ class Mark:
         right: whether it was found right.
         correction: what is right instead; "" where the person did not say.
         confidence: the model's, or ``None``.
+        withdrawn: whether it takes a mark back that was saved before; nothing is known of the answer then.
     """
 
     question_id: str
@@ -50,9 +52,17 @@ class Mark:
     right: bool
     correction: str = ""
     confidence: float | None = None
+    withdrawn: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """One of `VERDICTS`."""
+        return VERDICTS[2] if self.withdrawn else VERDICTS[0] if self.right else VERDICTS[1]
 
     def annotation(self, variant: str) -> str:
         """What goes under the question's column; "" leaves the question without an answer."""
+        if self.withdrawn:
+            return ""
         return folder_sheet.cell_of(self.question_id, self.answer, variant) if self.right else self.correction
 
 
@@ -122,8 +132,7 @@ class MarksSheet:
         now, log = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"), []
         for mark in marks:
             confidence = "" if mark.confidence is None else f"{mark.confidence:.4f}"
-            verdict = "right" if mark.right else "wrong"
-            log.append([now, name, mark.question_id, model, mark.answer, confidence, verdict, mark.correction])
+            log.append([now, name, mark.question_id, model, mark.answer, confidence, mark.verdict, mark.correction])
         answers = {mark.question_id: mark.annotation(self.variant) for mark in marks}
         return {"image": name, "view": view, "patient": patient, "answers": answers, "log": log}
 
@@ -160,7 +169,7 @@ def marks_of(told: Mapping) -> list[Mark]:
     """
     made = []
     for question_id, mark in told.items():
-        known = question_id in QUESTIONS and isinstance(mark, Mapping) and mark.get("verdict") in ("right", "wrong")
+        known = question_id in QUESTIONS and isinstance(mark, Mapping) and mark.get("verdict") in VERDICTS
         texts = (mark.get("answer"), mark.get("correction", "")) if known else ()
         confidence = mark.get("confidence") if known else None
         if not known or not all(isinstance(text, str) for text in texts):
@@ -171,7 +180,8 @@ def marks_of(told: Mapping) -> list[Mark]:
         is_number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
         if confidence is not None and not (is_number and 0 <= confidence <= 1):
             raise Refusal(400, "A confidence is a number from 0 to 1.")
-        made.append(Mark(question_id, texts[0].strip(), mark["verdict"] == "right", texts[1].strip(), confidence))
+        right, withdrawn = mark["verdict"] == VERDICTS[0], mark["verdict"] == VERDICTS[2]
+        made.append(Mark(question_id, texts[0].strip(), right, texts[1].strip(), confidence, withdrawn))
     if not made:
         raise Refusal(400, "Nothing is marked yet: mark an answer right or wrong, then save.")
     return made

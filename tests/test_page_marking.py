@@ -8,6 +8,7 @@ import threading
 import time
 
 from keys_and_ports import no_keys  # noqa: F401 - a fixture
+from openpyxl import load_workbook
 from page_serving import (
     ANSWERS,
     SMALL,
@@ -19,6 +20,8 @@ from page_serving import (
     used,
 )
 from test_page_faults import answered, give
+
+from sonovqa import marks_book
 
 DETAILS = {"patient": "P-7", "context": "Pixel size: 0.1 mm", "category": "Brain"}
 
@@ -251,3 +254,50 @@ def test_what_is_asked_while_the_next_image_is_sent_stays_out_of_its_answers(tmp
         tab.locator("#caption").get_by_text("second.png").wait_for()
         tab.wait_for_selector("#Q8[data-state=unsure]")
         assert answered(tab) == ANSWERS
+
+
+def test_a_mark_that_was_saved_can_be_taken_back(tmp_path, chromium):
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        tab.click("#Q1 .right")
+        tab.click("#Q1 .right")
+        assert tab.locator("#save").is_disabled()  # nothing was saved that could be taken back
+        for question_id in ("Q1", "Q2"):
+            tab.click(f"#{question_id} .right")
+        tab.click("#save")
+        tab.locator("#marked").get_by_text("Saved: 2 marks").wait_for()
+        tab.click("#Q2 .again")  # asked again: what was said of the answer before stands
+        answered(tab)
+        assert tab.locator("#save").is_disabled()
+        tab.click("#Q1 .right")
+        asked = dialogues(tab, accept=False)
+        give(tab, png(seed=1), "second.png")
+        assert asked == ["1 mark on this image is not saved. Go on without it?"]
+        tab.click("#save")
+        tab.locator("#marked").get_by_text("Saved: 1 mark").wait_for()
+        assert tab.locator("#save").is_disabled()
+    marks_book.bring_up_to_date(running.page.sheet.path)
+    answers, log = load_workbook(running.page.sheet.path).worksheets
+    row = dict(zip(marks_book.HEADER, next(answers.iter_rows(min_row=2, values_only=True)), strict=True))
+    assert [value for name, value in row.items() if name[:2] in ("Q1", "Q2")] == [None, ANSWERS["Q2"]]
+    assert [row[6] for row in log.iter_rows(min_row=2, values_only=True)] == ["right", "right", "withdrawn"]
+
+
+def test_a_report_printed_while_answers_come_has_the_date_of_its_own_image(tmp_path, chromium):
+    second = threading.Event()
+
+    def slowly(prompt: str, attempt: int):
+        return told("so far " * 300, SURE, pause=0.1) if second.is_set() else script(prompt, attempt)
+
+    with used(chromium, tmp_path, slowly, "--no-labels") as (tab, running, behind):
+        tab.clock.set_fixed_time("2021-02-03T10:00:00Z")
+        give(tab)
+        answered(tab)
+        second.set()
+        tab.clock.set_fixed_time("2022-02-03T10:00:00Z")
+        give(tab, png(seed=1), "second.png")
+        tab.locator("#Q1 .text").get_by_text("so far").wait_for()
+        tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+        paper = tab.locator("#report").text_content()
+        assert "2022" in paper and "2021" not in paper

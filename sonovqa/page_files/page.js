@@ -8,6 +8,7 @@ const SECONDS = { well: 60, ill: 5 }; // between two looks at the model's server
 const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: "", saved: {}, running: 0, stop: null, timer: null };
 
 const told = (value) => value.trim();
+const now = () => new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" }).format(new Date());
 const isStopped = (fault) => fault.name === "AbortError";
 
 function say(words) {
@@ -108,7 +109,7 @@ function show(file, { image, width, height, blob }) {
 
 // What belonged to the image before this one, its details too; those given before the first image are meant for it.
 function forget(replaced) {
-  Object.assign(page, { turns: [], written: "", saved: {} });
+  Object.assign(page, { turns: [], written: "", saved: {}, date: now() });
   $("talk").replaceChildren();
   $("written").hidden = true;
   for (const id of ["print", "whole", "question", "send"]) $(id).disabled = false;
@@ -173,7 +174,7 @@ async function askEight(only = null) {
   } finally {
     running(-1);
   }
-  page.date = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" }).format(new Date());
+  page.date = now();
 }
 
 // ---- questions of one's own, and the report in one answer ----
@@ -250,7 +251,8 @@ const marksTold = (count) => `${count} ${count === 1 ? "mark" : "marks"}`;
 
 // The cards whose mark is not in the sheet as it stands here; a confidence may follow its answer and makes no other mark.
 function unsaved(cards = page.cards) {
-  const differs = (mark, kept) => ["answer", "verdict", "correction"].some((name) => mark[name] !== kept?.[name]);
+  const none = { verdict: "withdrawn" };
+  const differs = (mark, kept = none) => mark.verdict !== kept.verdict || (mark.verdict !== none.verdict && (mark.answer !== kept.answer || mark.correction !== kept.correction));
   return cards.filter((card) => card.marked() && differs(card.marked(), page.saved[card.id]));
 }
 

@@ -45,6 +45,7 @@ class Mark:
         correction: what is right instead; "" where the person did not say.
         confidence: the model's, or ``None``.
         withdrawn: whether it takes a mark back that was saved before; nothing is known of the answer then.
+        model: who answered; "": the one that serves now.
     """
 
     question_id: str
@@ -53,6 +54,7 @@ class Mark:
     correction: str = ""
     confidence: float | None = None
     withdrawn: bool = False
+    model: str = ""
 
     @property
     def verdict(self) -> str:
@@ -85,7 +87,7 @@ class MarksSheet:
             category: one of `questions.CATEGORIES`, or "": the view it was saved with before stays (the page's own choice is
                 empty again after it was loaded anew).
             patient: a code that holds the images of one patient together (`--group-column Patient`), or "".
-            model: who answered.
+            model: who answered where a mark does not say.
 
         Returns:
             How many marked images there then are.
@@ -132,7 +134,7 @@ class MarksSheet:
         now, log = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"), []
         for mark in marks:
             confidence = "" if mark.confidence is None else f"{mark.confidence:.4f}"
-            log.append([now, name, mark.question_id, model, mark.answer, confidence, mark.verdict, mark.correction])
+            log.append([now, name, mark.question_id, mark.model or model, mark.answer, confidence, mark.verdict, mark.correction])
         answers = {mark.question_id: mark.annotation(self.variant) for mark in marks}
         return {"image": name, "view": view, "patient": patient, "answers": answers, "log": log}
 
@@ -170,18 +172,18 @@ def marks_of(told: Mapping) -> list[Mark]:
     made = []
     for question_id, mark in told.items():
         known = question_id in QUESTIONS and isinstance(mark, Mapping) and mark.get("verdict") in VERDICTS
-        texts = (mark.get("answer"), mark.get("correction", "")) if known else ()
+        texts = (mark.get("answer"), mark.get("correction", ""), mark.get("model", "")) if known else ()
         confidence = mark.get("confidence") if known else None
         if not known or not all(isinstance(text, str) for text in texts):
             raise Refusal(400, "A mark says of an answer to Q1 … Q8 that it is right or wrong, and what is right instead.")
-        for what, text in zip(("An answer that is marked", "A correction"), texts, strict=True):
+        for what, text in zip(("An answer that is marked", "A correction", "A model's name"), texts, strict=True):
             if len(text) > LONGEST_TEXT:
                 raise Refusal(400, f"{what} has at most {LONGEST_TEXT} characters, that of {question_id} has {len(text)}.")
         is_number = isinstance(confidence, int | float) and not isinstance(confidence, bool)
         if confidence is not None and not (is_number and 0 <= confidence <= 1):
             raise Refusal(400, "A confidence is a number from 0 to 1.")
         right, withdrawn = mark["verdict"] == VERDICTS[0], mark["verdict"] == VERDICTS[2]
-        made.append(Mark(question_id, texts[0].strip(), right, texts[1].strip(), confidence, withdrawn))
+        made.append(Mark(question_id, texts[0].strip(), right, texts[1].strip(), confidence, withdrawn, texts[2].strip()))
     if not made:
         raise Refusal(400, "Nothing is marked yet: mark an answer right or wrong, then save.")
     return made

@@ -301,3 +301,16 @@ def test_a_report_printed_while_answers_come_has_the_date_of_its_own_image(tmp_p
         tab.evaluate("dispatchEvent(new Event('beforeprint'))")
         paper = tab.locator("#report").text_content()
         assert "2022" in paper and "2021" not in paper
+
+
+def test_a_mark_names_the_model_that_answered_and_not_the_one_served_since(tmp_path, chromium):
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        before, running.page.endpoint.model = running.page.endpoint.name, "another"
+        tab.click("#Q1 .right")
+        tab.click("#save")
+        tab.locator("#marked").get_by_text("Saved: 1 mark").wait_for()
+    marks_book.bring_up_to_date(running.page.sheet.path)
+    (row,) = load_workbook(running.page.sheet.path).worksheets[1].iter_rows(min_row=2, values_only=True)
+    assert row[3] == before != running.page.endpoint.name

@@ -48,7 +48,7 @@ export class Card {
   }
 
   answered(event, unsureBelow) {
-    Object.assign(this, { answer: event.answer, confidence: event.confidence });
+    Object.assign(this, { answer: event.answer, confidence: event.confidence, model: event.model });
     this.isUnsure = !event.weighing && event.confidence !== null && event.confidence < unsureBelow;
     this.node.dataset.state = this.isUnsure ? "unsure" : "done";
     this.find(".text").textContent = event.answer + (event.cut ? " … (cut off at the limit of length)" : "");
@@ -104,7 +104,7 @@ export class Card {
   // As the server keeps it; null where nothing is marked and no mark was taken back.
   marked() {
     if (this.answer === null || (this.mark === null && !this.isWithdrawn)) return null;
-    return { answer: this.answer, verdict: this.mark ?? "withdrawn", correction: this.correction, confidence: this.confidence };
+    return { answer: this.answer, verdict: this.mark ?? "withdrawn", correction: this.correction, confidence: this.confidence, model: this.model };
   }
 
   spoken() {

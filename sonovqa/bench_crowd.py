@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import random
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ from sonovqa import asking, bench_caches, bench_images, bench_streaming, bench_t
 from sonovqa.bench_streaming import Asked, Users
 from sonovqa.cli import UserError
 
+START_SECONDS = 600  # until all client processes have drawn their images
+PARTING_SECONDS = 5
+DIED = "a client process died; see above; fewer --users, or --clients 1, show why"
 BY_QUESTION, BY_IMAGE = MIXES = ("questions", "images")
 
 
@@ -105,7 +109,13 @@ def _apart(level: Level, heard: Callable[[Asked], None]) -> tuple[float, float]:
     clients = [spawn.Process(target=_client, args=(level, n, ready, told), daemon=True) for n in range(level.clients)]
     for client in clients:
         client.start()
-    ready.wait(600)
+    try:
+        ready.wait(START_SECONDS)
+    except threading.BrokenBarrierError:
+        for client in clients:
+            client.join(PARTING_SECONDS)  # it may still be saying why
+            client.terminate()
+        raise UserError(DIED) from None
     started, busy, open_ = time.perf_counter(), 0.0, level.clients
     while open_:
         one = _next(told, clients)
@@ -128,16 +138,22 @@ def _next(told, clients: list):
             return told.get(timeout=1.0)
         except queue.Empty:
             if any(client.exitcode for client in clients):
-                raise UserError("a client process died; see above; fewer --users, or --clients 1, show why") from None
+                raise UserError(DIED) from None
 
 
 def _client(level: Level, part: int, ready, told) -> None:
     """A client process: its share of users and requests; what it heard, and last its CPU seconds."""
-    client, asked = level.client(), level.conversations(part)
-    users = len(range(part, level.users, level.clients))
-    import openai  # noqa: F401 - before the clock
-
-    ready.wait(600)
+    try:
+        client, asked = level.client(), level.conversations(part)
+        users = len(range(part, level.users, level.clients))
+        import openai  # noqa: F401 - before the clock
+    except BaseException:
+        ready.abort()  # nobody else waits for this one
+        raise
+    try:
+        ready.wait(START_SECONDS)
+    except threading.BrokenBarrierError:  # of another client, which says why
+        return
     cpu = time.process_time()
     client.ask(iter(asked), users, level.new_tokens, told.put)
     told.put(time.process_time() - cpu)

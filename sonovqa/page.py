@@ -6,9 +6,13 @@
 
 It talks to the endpoint only and loads no model; the endpoint's key is read from VLLM_API_KEY. The run behind it must generate
 its answers: of a choice run ("head" in its run.json) the page would show noise, with percentages. Marked answers go to
-<marks>/marks.xlsx, which becomes a data set by:
+<marks>/marks.xlsx, at once to a journal beside it and within seconds to minutes to the workbook. Up to the last mark it becomes
+a data set by:
 
     python prepare_dataset.py sheet outputs/marks/marks.xlsx --images outputs/marks/images --group-column Patient
+
+Stop the page before you change the workbook by hand: whoever writes last wins. A copy for elsewhere is whole once the page has
+stopped, or after `python -m sonovqa.marks_book outputs/marks/marks.xlsx`.
 """
 
 from __future__ import annotations

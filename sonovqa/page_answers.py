@@ -150,6 +150,7 @@ class PageEndpoint(Endpoint):
             yield {"error": problem}
             return
         request = self._request(messages, max_new_tokens) | {"stream": True, "logprobs": True}
+        model = {"model": self.name}  # of this answer: by the time it is marked the server may run another
         for attempt in itertools.count(1):
             said = Said()
             try:
@@ -157,7 +158,7 @@ class PageEndpoint(Endpoint):
                     async for piece in pieces:
                         yield {"piece": piece}
                 check_finished(said.finish, not said.text.strip())
-                yield ended(said)
+                yield ended(said) | model
                 return
             except (openai.APIError, IncompleteError, ValueError) as fault:
                 if self.dialect.learns(fault, request):

@@ -112,7 +112,12 @@ class Page:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app):
         async with self.endpoint:
-            yield
+            following = asyncio.create_task(self.sheet.follow())
+            try:
+                yield
+            finally:
+                following.cancel()
+                await asyncio.to_thread(self.sheet.write)
 
     def _private(self, handler: Callable) -> Callable:
         """The handler, for those who are signed in."""
@@ -189,7 +194,10 @@ class Page:
         patient = text_of(told, "patient", page_marks.LONGEST_PATIENT)
         marks = page_marks.marks_of(told["marks"] if isinstance(told.get("marks"), Mapping) else {})
         images = await asyncio.to_thread(self.sheet.save, image, category, patient, marks, self.endpoint.name)
-        return JSONResponse({"saved": len(marks), "images": images})
+        behind = (
+            self.sheet.trouble and "Your marks are kept, but the sheet cannot be written: whoever runs the page must look at it."
+        )
+        return JSONResponse({"saved": len(marks), "images": images, "behind": behind})
 
     def _image(self, told: Mapping) -> Upload:
         return self.shelf.get(text_of(told, "image", LONGEST_CONTEXT))

@@ -59,6 +59,10 @@ def parse(argv: list[str]):
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; beyond loopback VLLM_API_KEY must be set")
     parser.add_argument("--port", type=int, default=8000, help="TCP port")
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="URL",
+        help="a web page that may ask from a browser, such as https://app.example; once for each (unset: none)",
+    )  # fmt: skip
     parser.add_argument("--max-model-len", type=int, help="longest context in tokens (unset: one image and 3,072 of text)")
     parser.add_argument("--device", choices=("auto", "gpu", "cpu"), default="auto", help="auto: by the vLLM that is installed")
     parser.add_argument("--wait", type=float, default=1800.0, help="most seconds until the server must be healthy")
@@ -90,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         args.adapters,
         args.log,
         args.grace,
+        args.allow_origin,
     )
     if told := serving_plan.memory_told(plan):
         cli.stderr.print(told, markup=False)

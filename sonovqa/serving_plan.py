@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import cli, families, files, images, serving_adapters, serving_memory
+from sonovqa import cli, families, files, images, serving_adapters, serving_memory, serving_origins
 from sonovqa.cli import UserError
 from sonovqa.serving_adapters import compact
 
@@ -34,7 +34,7 @@ REFUSED = {
     "--ssl-keyfile": ("the server is asked without TLS on this machine", _TLS),
     "--uds": ("the server is asked on a port of this machine", "leave it out; have a proxy listen on the socket"),
     "--trust-remote-code": ("it runs whatever program lies beside the weights", "serve a family that vLLM knows by itself"),
-    "--allowed-origins": ("any page open in a browser there could ask", "put a proxy before it that serves page and API"),
+    "--allowed-origins": ("the gate before vLLM would not know them", "name each page before the --: --allow-origin URL"),
 }
 TEXT_ROOM = 3072  # tokens beside the image: system text, a conversation's history and the answer
 UNKNOWN_IMAGE = 4096  # tokens granted an image where the processor's files do not say how many it may take
@@ -160,7 +160,7 @@ def has_chat_template(folder: Path) -> bool:
 
 def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", port: int = 8000, device: str = "auto",
               max_model_len: int | None = None, extra: tuple[str, ...] = (), adapters: Sequence[str] = (),
-              log: Path | None = None, grace: int = GRACE) -> Plan:  # fmt: skip
+              log: Path | None = None, grace: int = GRACE, origins: Sequence[str] = ()) -> Plan:  # fmt: skip
     """Put vLLM's command together.
 
     Args:
@@ -172,6 +172,7 @@ def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", por
         adapters: see `find_adapters`.
         log: file for vLLM's output; ``None``: ``serve-<port>.log`` in the run's folder.
         grace: see `Plan`.
+        origins: web pages that may ask from a browser (`serving_origins.checked`).
 
     Raises:
         UserError: for weights that cannot be served, a host beyond loopback without a key, a port or length that cannot be, or
@@ -180,6 +181,7 @@ def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", por
     check_host(host)
     check_numbers(port, max_model_len, grace)
     check_extra(extra)
+    origins = serving_origins.checked(origins)
     if bool(adapters) == (run is not None) or (adapters and lora):
         raise UserError(
             "a run or --adapters; one of the two; ./serve.sh outputs/a, or ./serve.sh --adapters A=outputs/a B=outputs/b"
@@ -195,10 +197,11 @@ def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", por
     command += ["--structured-outputs-config", compact({"backend": "xgrammar", "disable_any_whitespace": True})]
     command += ["--allowed-media-domains", NO_DOMAIN]
     command += ["--middleware", "sonovqa.serving_gate.Gate", "--disable-fastapi-docs"]
-    command += ["--shutdown-timeout", str(grace)]
+    command += ["--shutdown-timeout", str(grace), *serving_origins.flags(origins)]
     if weights.adapters:
         command += serving_adapters.flags(weights.adapters, weights.model, _config(weights.model).get("model_type"))
     env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_IMAGE_PIXELS": str(images.LARGEST_AREA)}
+    env |= serving_origins.environment(origins)
     if Path(weights.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":

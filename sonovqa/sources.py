@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import answers
+from sonovqa import answers, marks_book
 from sonovqa.cli import UserError, check
 from sonovqa.files import sha256, write_json
 from sonovqa.images import ImageFolder, NotFoundError
@@ -76,6 +76,7 @@ def sheet(workbooks: list[Path], images: Path, group_column: str | None = None, 
             drops.setdefault("a spreadsheet program's lock file", []).append(str(workbook))
             continue
         try:
+            marks_book.bring_up_to_date(workbook)  # the page's marks are saved before they stand in its workbook
             rows += read_sheet(workbook, drops, group_column)
         except UserError as mistake:
             problems.append(str(mistake))

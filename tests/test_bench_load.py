@@ -248,3 +248,11 @@ def test_hit_rates_are_differences_of_vllms_counters(monkeypatch):
     before = {"prefix_queries": 60.0, "prefix_hits": 60.0}
     assert bench_caches.hit_rates(before, after) == {"prefix": 0.6, "image": None}
     assert bench_caches.counters(url) == {} and not bench_caches.is_vllm(url), "it is gone now"
+
+
+def test_a_client_process_that_cannot_start_is_told_at_once(capfd):
+    level = bench_crowd.Level({"base_url": "http://127.0.0.1:9/v1"}, {"seed": 0, "no": 1}, IMAGE_FIRST, "questions", 2, 2, 2, 1)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="a client process died; see above"):
+        bench_crowd._apart(level, lambda one: None)
+    assert time.monotonic() - started < bench_crowd.START_SECONDS / 5 and "TypeError" in capfd.readouterr().err

@@ -177,6 +177,11 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tmp_path, chromium):
         tab.click("#save")
         tab.locator("#marked").get_by_text("Saved: 1 mark; the sheet holds 1 image.").wait_for()
         assert tab.locator("#banner").is_hidden()
+        running.page.sheet.trouble = "no room"  # for the workbook, into which the journal goes later
+        tab.click("#Q6 .right")
+        tab.click("#save")
+        seen(tab, "Your marks are kept, but the sheet cannot be written")
+        tab.locator("#marked").get_by_text("Saved: 1 mark; the sheet holds 1 image.").wait_for()
 
 
 def test_marks_that_are_not_saved_are_not_lost_without_a_word(tmp_path, chromium):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+import time
 
 from keys_and_ports import no_keys  # noqa: F401 - a fixture
+from openpyxl import load_workbook
 from page_serving import (
     ANSWERS,
     SMALL,
@@ -17,6 +20,8 @@ from page_serving import (
     used,
 )
 from test_page_faults import answered, give
+
+from sonovqa import marks_book
 
 DETAILS = {"patient": "P-7", "context": "Pixel size: 0.1 mm", "category": "Brain"}
 
@@ -160,3 +165,152 @@ def test_what_was_asked_and_what_a_percentage_means_can_be_read_without_a_mouse(
         tab.click("summary")
         tab.click("#Q2 .wrong")
         assert tab.evaluate(SMALL) == [] and tab.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+class Held:
+    """Uploads of a running page wait until they are let go."""
+
+    def __init__(self, running):
+        self.go, self.add, running.page.shelf.add = threading.Event(), running.page.shelf.add, self
+
+    async def __call__(self, data: bytes):
+        assert await asyncio.to_thread(self.go.wait, 20)
+        return await self.add(data)
+
+
+def test_a_mark_made_while_the_next_image_is_sent_is_not_lost_without_a_word(tmp_path, chromium):
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        held = Held(running)
+        give(tab, png(seed=1), "second.png")
+        tab.wait_for_selector("#drop[data-state=sending]")
+        tab.click("#Q5 .wrong")
+        tab.fill("#Q5 input", "13-15 weeks")
+        asked = dialogues(tab, accept=False)
+        held.go.set()
+        tab.wait_for_selector("#drop:not([data-state])")
+        assert asked == ["1 mark on this image is not saved. Go on without it?"]
+        assert tab.locator("#Q5 input").input_value() == "13-15 weeks"
+        tab.locator("#caption").get_by_text("scan.png").wait_for()
+        tab.click("#save")
+        tab.locator("#marked").get_by_text("Saved: 1 mark").wait_for()
+        give(tab, png(seed=1), "second.png")
+        tab.locator("#caption").get_by_text("second.png").wait_for()
+        assert answered(tab) == ANSWERS and len(asked) == 1
+
+
+def test_marks_that_were_given_up_are_asked_about_once(tmp_path, chromium):
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        tab.click("#Q1 .right")
+        asked = dialogues(tab, accept=True)
+        give(tab, png(seed=1), "second.png")
+        tab.locator("#caption").get_by_text("second.png").wait_for()
+        assert answered(tab) == ANSWERS and len(asked) == 1
+
+
+def test_marks_saved_while_the_next_image_is_sent_stay_with_theirs(tmp_path, chromium):
+    """Even where the page no longer holds the image that they are on, as after a restart, and has to be sent it again."""
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        held = Held(running)
+        give(tab, png(seed=1), "second.png")
+        tab.wait_for_selector("#drop[data-state=sending]")
+        running.page.shelf.held.clear()
+        tab.click("#Q5 .right")
+        tab.click("#save")
+        dialogues(tab, accept=True)
+        held.go.set()
+        tab.locator("#caption").get_by_text("second.png").wait_for()
+        answered(tab)
+        waited = time.monotonic()
+        while not (kept := list(tmp_path.rglob("*.png"))) and time.monotonic() - waited < 20:
+            time.sleep(0.05)
+    assert [path.read_bytes() for path in kept] == [png()]
+
+
+def test_what_is_asked_while_the_next_image_is_sent_stays_out_of_its_answers(tmp_path, chromium):
+    second = threading.Event()
+
+    def slowly(prompt: str, attempt: int):
+        first = "plane" in prompt.lower() and second.is_set() and not slowly.done
+        slowly.done = slowly.done or first
+        return told("of the first image " * 200, SURE, pause=0.05) if first else script(prompt, attempt)
+
+    slowly.done = False
+    with used(chromium, tmp_path, slowly, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        held = Held(running)
+        give(tab, png(seed=1), "second.png")
+        tab.wait_for_selector("#drop[data-state=sending]")
+        second.set()
+        tab.click("#Q3 .again")
+        tab.locator("#Q3 .text").get_by_text("of the first").wait_for()
+        held.go.set()
+        tab.locator("#caption").get_by_text("second.png").wait_for()
+        tab.wait_for_selector("#Q8[data-state=unsure]")
+        assert answered(tab) == ANSWERS
+
+
+def test_a_mark_that_was_saved_can_be_taken_back(tmp_path, chromium):
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        tab.click("#Q1 .right")
+        tab.click("#Q1 .right")
+        assert tab.locator("#save").is_disabled()  # nothing was saved that could be taken back
+        for question_id in ("Q1", "Q2"):
+            tab.click(f"#{question_id} .right")
+        tab.click("#save")
+        tab.locator("#marked").get_by_text("Saved: 2 marks").wait_for()
+        tab.click("#Q2 .again")  # asked again: what was said of the answer before stands
+        answered(tab)
+        assert tab.locator("#save").is_disabled()
+        tab.click("#Q1 .right")
+        asked = dialogues(tab, accept=False)
+        give(tab, png(seed=1), "second.png")
+        assert asked == ["1 mark on this image is not saved. Go on without it?"]
+        tab.click("#save")
+        tab.locator("#marked").get_by_text("Saved: 1 mark").wait_for()
+        assert tab.locator("#save").is_disabled()
+    marks_book.bring_up_to_date(running.page.sheet.path)
+    answers, log = load_workbook(running.page.sheet.path).worksheets
+    row = dict(zip(marks_book.HEADER, next(answers.iter_rows(min_row=2, values_only=True)), strict=True))
+    assert [value for name, value in row.items() if name[:2] in ("Q1", "Q2")] == [None, ANSWERS["Q2"]]
+    assert [row[6] for row in log.iter_rows(min_row=2, values_only=True)] == ["right", "right", "withdrawn"]
+
+
+def test_a_report_printed_while_answers_come_has_the_date_of_its_own_image(tmp_path, chromium):
+    second = threading.Event()
+
+    def slowly(prompt: str, attempt: int):
+        return told("so far " * 300, SURE, pause=0.1) if second.is_set() else script(prompt, attempt)
+
+    with used(chromium, tmp_path, slowly, "--no-labels") as (tab, running, behind):
+        tab.clock.set_fixed_time("2021-02-03T10:00:00Z")
+        give(tab)
+        answered(tab)
+        second.set()
+        tab.clock.set_fixed_time("2022-02-03T10:00:00Z")
+        give(tab, png(seed=1), "second.png")
+        tab.locator("#Q1 .text").get_by_text("so far").wait_for()
+        tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+        paper = tab.locator("#report").text_content()
+        assert "2022" in paper and "2021" not in paper
+
+
+def test_a_mark_names_the_model_that_answered_and_not_the_one_served_since(tmp_path, chromium):
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        before, running.page.endpoint.model = running.page.endpoint.name, "another"
+        tab.click("#Q1 .right")
+        tab.click("#save")
+        tab.locator("#marked").get_by_text("Saved: 1 mark").wait_for()
+    marks_book.bring_up_to_date(running.page.sheet.path)
+    (row,) = load_workbook(running.page.sheet.path).worksheets[1].iter_rows(min_row=2, values_only=True)
+    assert row[3] == before != running.page.endpoint.name

@@ -11,7 +11,7 @@ import time
 import pytest
 from attacks import post, sent_in_chunks
 
-from sonovqa import serving_gate
+from sonovqa import serving_gate, serving_origins
 from sonovqa.serving_gate import LARGEST_BODY, Gate
 
 uvicorn = pytest.importorskip("uvicorn")
@@ -28,8 +28,8 @@ async def answers(scope, receive, send) -> None:
 class Served:
     """The gate on a port of its own, with uvicorn's protocol ``http``."""
 
-    def __init__(self, http: str = "auto"):
-        self.server = uvicorn.Server(uvicorn.Config(Gate(answers), http=http, log_level="critical", lifespan="off"))
+    def __init__(self, http: str = "auto", app=answers):
+        self.server = uvicorn.Server(uvicorn.Config(Gate(app), http=http, log_level="critical", lifespan="off"))
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -46,10 +46,10 @@ class Served:
         self.thread.join(timeout=20)
         self.socket.close()
 
-    def said(self, path: str, **headers: str) -> tuple[int, str]:
-        """Status and body of a GET."""
+    def said(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
+        """Status and body of a request without one; ``_`` stands for the ``-`` of a header's name."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
-        connection.request("GET", path, headers=headers)
+        connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()
         return response.status, response.read().decode()
 
@@ -113,3 +113,39 @@ def test_a_path_is_looked_at_without_the_prefix_that_the_application_takes_off()
         return told and told[0]
 
     assert status("/v1/invocations") == 404 and status("/v1/v1/models") is None
+
+
+CANCEL = "/v1/responses/x/cancel"  # of vLLM: takes a POST without a body, which a browser sends without asking first
+
+
+def test_without_a_key_no_web_page_elsewhere_is_let_in(monkeypatch):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    monkeypatch.delenv(serving_gate.ORIGINS_NAME, raising=False)
+    with Served() as served:
+        own = f"http://127.0.0.1:{served.port}"
+        for origin in ("https://evil.example", "null", "", f"http://localhost:{served.port}", own + "0", f"{own} {own}"):
+            status, told = served.said(CANCEL, "POST", Origin=origin)
+            assert status == 403 and "--allow-origin" in json.loads(told)["error"]["message"], origin
+            assert served.said("/v1/chat/completions", "OPTIONS", Origin=origin)[0] == 403
+        for site in ("cross-site", "same-site"):  # a plain GET, as of an image on the page
+            assert served.said("/v1/models", Sec_Fetch_Site=site)[0] == 403
+        assert served.said(CANCEL, "POST", Origin=own) == served.said(CANCEL, "POST") == (200, "ok")
+        assert served.said("/v1/models", Sec_Fetch_Site="none") == (200, "ok")  # its address typed
+        assert served.said("/health", Origin="https://evil.example")[0] == 200
+
+
+def test_a_web_page_that_was_allowed_may_ask(monkeypatch):
+    """Through the gate and vLLM's middleware for CORS, both with what serve.sh gives them."""
+    cors = pytest.importorskip("starlette.middleware.cors").CORSMiddleware
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    origins = serving_origins.checked(["https://App.example:443/"])
+    assert origins == ["https://app.example"]
+    for name, value in serving_origins.environment(origins).items():
+        monkeypatch.setenv(name, value)
+    allowed = json.loads(serving_origins.flags(origins)[1])
+    app = cors(answers, allow_origins=allowed, allow_methods=["*"], allow_headers=["*"])
+    with Served(app=app) as served:
+        before = {"Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "content-type"}
+        for origin, status in (("https://app.example", 200), ("https://evil.example", 403), ("http://app.example", 403)):
+            assert served.said("/v1/chat/completions", "OPTIONS", Origin=origin, **before)[0] == status
+            assert served.said(CANCEL, "POST", Origin=origin, Sec_Fetch_Site="cross-site")[0] == status

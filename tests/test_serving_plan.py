@@ -145,7 +145,7 @@ def test_flags_that_would_undo_the_guards_are_refused(run, word):
     [
         ("--root-path", "take its prefix off"), ("--root_path=/v1", "take its prefix off"), ("--root", "take its prefix off"),
         ("--ssl-certfile", "a proxy with TLS"), ("--ssl-keyfile", "a proxy with TLS"), ("--uds", "on the socket"),
-        ("--trust-remote-code", "a family that vLLM knows"), ("--allowed-origins", "a proxy before it"),
+        ("--trust-remote-code", "a family that vLLM knows"), ("--allowed-origins", "--allow-origin URL"),
         ("--grpc-port", "leave it out"), ("--api-key", "export VLLM_API_KEY"),
     ],
 )  # fmt: skip
@@ -169,6 +169,27 @@ def test_flags_that_open_the_server_are_refused_with_the_way_out(run, word, way_
 def test_values_that_no_server_could_have_are_refused_in_a_dry_run(run, words, told):
     with pytest.raises(UserError, match=told):
         serving.main([str(run), "--device", "gpu", "--dry-run", *words])
+
+
+def test_web_pages_that_may_ask_are_told_to_vllm_and_to_its_gate(run, monkeypatch):
+    monkeypatch.setenv("SONOVQA_ALLOWED_ORIGINS", "https://evil.example")
+    for origins, flag, told in (((), "[]", ""), (("http://[::1]:3000", "https://B"), '["http://[::1]:3000","https://b"]', None)):
+        plan = make_plan(run, device="gpu", origins=origins)
+        assert plan.command[plan.command.index("--allowed-origins") + 1] == flag
+        assert plan.env["SONOVQA_ALLOWED_ORIGINS"] == ("http://[::1]:3000 https://b" if told is None else told)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "null", "app.example", "https://", "https://*.a", "https://a/b", "https://u@a", "ftp://a", "https://a b", "http://a:x"],
+)
+def test_what_is_no_web_pages_origin_is_refused(run, origin):
+    with pytest.raises(UserError) as mistake:
+        make_plan(run, device="gpu", origins=(origin,))
+    assert (
+        str(mistake.value)
+        == f"--allow-origin; {origin}; scheme, host and port of one web page's address; --allow-origin https://app.example"
+    )
 
 
 def test_further_flags_pass_through_and_come_last(run):

@@ -48,7 +48,7 @@ export class Card {
   }
 
   answered(event, unsureBelow) {
-    Object.assign(this, { answer: event.answer, confidence: event.confidence });
+    Object.assign(this, { answer: event.answer, confidence: event.confidence, model: event.model });
     this.isUnsure = !event.weighing && event.confidence !== null && event.confidence < unsureBelow;
     this.node.dataset.state = this.isUnsure ? "unsure" : "done";
     this.find(".text").textContent = event.answer + (event.cut ? " … (cut off at the limit of length)" : "");
@@ -82,12 +82,14 @@ export class Card {
 
   pressed(mark) {
     this.press(this.mark === mark ? null : mark);
+    this.isWithdrawn = this.mark === null; // by the reader; a card that was cleared takes nothing back
     if (this.mark === "wrong") this.find("input").focus();
     this.changed();
   }
 
   press(mark) {
     this.mark = mark;
+    this.isWithdrawn = false;
     for (const name of ["right", "wrong"]) {
       this.find(`.${name}`).hidden = false;
       this.find(`.${name}`).setAttribute("aria-pressed", String(mark === name));
@@ -99,10 +101,10 @@ export class Card {
     return this.mark === "wrong" ? this.find("input").value.trim() : "";
   }
 
-  // As the server keeps it; null where nothing is marked.
+  // As the server keeps it; null where nothing is marked and no mark was taken back.
   marked() {
-    if (this.mark === null || this.answer === null) return null;
-    return { answer: this.answer, verdict: this.mark, correction: this.correction, confidence: this.confidence };
+    if (this.answer === null || (this.mark === null && !this.isWithdrawn)) return null;
+    return { answer: this.answer, verdict: this.mark ?? "withdrawn", correction: this.correction, confidence: this.confidence, model: this.model };
   }
 
   spoken() {

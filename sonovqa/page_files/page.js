@@ -8,6 +8,7 @@ const SECONDS = { well: 60, ill: 5 }; // between two looks at the model's server
 const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: "", saved: {}, running: 0, stop: null, timer: null };
 
 const told = (value) => value.trim();
+const now = () => new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" }).format(new Date());
 const isStopped = (fault) => fault.name === "AbortError";
 
 function say(words) {
@@ -55,6 +56,10 @@ function mayForget(cards = page.cards) {
   return !length || confirm(`${marksTold(length)} on this image ${length === 1 ? "is" : "are"} not saved. Go on without ${length === 1 ? "it" : "them"}?`);
 }
 
+// What would be lost with the marks that are not saved, to see whether there is more of it later.
+const atStake = () => JSON.stringify(unsaved().map((card) => [card.id, card.answer, card.mark, card.correction]));
+
+// The image before stays, to be read and marked, until the new one has arrived.
 async function take(file) {
   if (!file || !page.settings) return;
   const most = page.settings.largest_file;
@@ -63,37 +68,39 @@ async function take(file) {
     return say(`This file is too large: ${size} MB, at most ${most / 1e6} MB can be sent. Save the image smaller, or as PNG or JPEG.`);
   }
   if (!mayForget()) return;
+  const given = atStake();
   page.stop?.abort();
-  page.stop = new AbortController();
+  const stop = (page.stop = new AbortController());
   say("");
   announce("Sending the image.");
   $("drop").dataset.state = "sending";
   try {
-    const before = [page.file, page.image];
-    page.file = file;
-    try {
-      await send(page.stop.signal);
-    } catch (fault) {
-      [page.file, page.image] = before;
-      throw fault;
-    }
-    forget(before[0] !== null);
+    const held = await send(file, stop.signal);
+    if (atStake() !== given && !mayForget()) return announce("The image before stays.");
+    stop.abort(); // what was asked of the image before while this one was on its way
+    page.stop = new AbortController();
+    const replaced = page.file !== null;
+    show(file, held);
+    forget(replaced);
     await askEight();
   } catch (fault) {
     if (!isStopped(fault)) say(fault.message);
   } finally {
-    delete $("drop").dataset.state;
+    if (page.stop === stop) delete $("drop").dataset.state; // else it is another image's
   }
 }
 
-// Gives the server the image, and shows it as the model sees it.
-async function send(signal) {
-  const { image, width, height } = await sent("api/images", page.file, signal, announce);
-  const blob = await picture(`api/images/${image}`, signal);
+// Gives the server an image; its name there, and the picture as the model sees it.
+async function send(file, signal) {
+  const { image, width, height } = await sent("api/images", file, signal, announce);
+  return { image, width, height, blob: await picture(`api/images/${image}`, signal) };
+}
+
+function show(file, { image, width, height, blob }) {
   if (page.url) URL.revokeObjectURL(page.url);
-  Object.assign(page, { image, url: URL.createObjectURL(blob) });
+  Object.assign(page, { file, image, url: URL.createObjectURL(blob) });
   $("picture").src = page.url;
-  $("caption").textContent = `${page.file.name || "pasted image"}, ${width} × ${height} pixels`;
+  $("caption").textContent = `${file.name || "pasted image"}, ${width} × ${height} pixels`;
   $("figure").hidden = false;
   $("invitation").hidden = true;
   $("choose").textContent = "Choose another image";
@@ -102,29 +109,31 @@ async function send(signal) {
 
 // What belonged to the image before this one, its details too; those given before the first image are meant for it.
 function forget(replaced) {
-  Object.assign(page, { turns: [], written: "", saved: {} });
+  Object.assign(page, { turns: [], written: "", saved: {}, date: now() });
   $("talk").replaceChildren();
   $("written").hidden = true;
   for (const id of ["print", "whole", "question", "send"]) $(id).disabled = false;
   if (replaced) for (const id of ["context", "category", "patient"]) $(id).value = "";
 }
 
-// Does what needs the image held by the server; one that is held no more (a restart) is sent again.
-async function* withImage(make) {
-  const { file } = page;
+// Does what needs the image held by the server, given its name there; one that is held no more (a restart) is sent again.
+async function* withImage(make, signal) {
+  const { file, image } = page;
   try {
-    yield* make();
+    yield* make(image);
   } catch (fault) {
-    if (fault.status !== 410 || page.file !== file) throw fault;
-    await send(page.stop.signal);
-    yield* make();
+    if (fault.status !== 410) throw fault;
+    const held = await send(file, signal);
+    if (page.file === file) show(file, held); // else another has come meanwhile
+    yield* make(held.image);
   }
 }
 
-const question = (more) => withImage(() => {
-  const value = { image: page.image, context: told($("context").value), ...more };
-  return events("api/answers", value, page.stop.signal, announce);
-});
+function question(more) {
+  const { signal } = page.stop;
+  const context = told($("context").value);
+  return withImage((image) => events("api/answers", { image, context, ...more }, signal, announce), signal);
+}
 
 // ---- the eight answers ----
 
@@ -165,7 +174,7 @@ async function askEight(only = null) {
   } finally {
     running(-1);
   }
-  page.date = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" }).format(new Date());
+  page.date = now();
 }
 
 // ---- questions of one's own, and the report in one answer ----
@@ -242,7 +251,8 @@ const marksTold = (count) => `${count} ${count === 1 ? "mark" : "marks"}`;
 
 // The cards whose mark is not in the sheet as it stands here; a confidence may follow its answer and makes no other mark.
 function unsaved(cards = page.cards) {
-  const differs = (mark, kept) => ["answer", "verdict", "correction"].some((name) => mark[name] !== kept?.[name]);
+  const none = { verdict: "withdrawn" };
+  const differs = (mark, kept = none) => mark.verdict !== kept.verdict || (mark.verdict !== none.verdict && (mark.answer !== kept.answer || mark.correction !== kept.correction));
   return cards.filter((card) => card.marked() && differs(card.marked(), page.saved[card.id]));
 }
 
@@ -254,17 +264,18 @@ function counted() {
 
 async function save() {
   const marks = Object.fromEntries(unsaved().map((card) => [card.id, card.marked()]));
-  const { saved } = page; // of this image, should another come meanwhile
+  const { saved } = page; // of this image, should another come meanwhile; so are the details
+  const value = { category: $("category").value, patient: told($("patient").value), marks };
   $("save").disabled = true;
   try {
-    for await (const told of withImage(() => saving(marks))) {
+    for await (const told of withImage((image) => saving({ image, ...value }))) {
       Object.assign(saved, marks);
       counted();
       const left = unsaved().length; // what was marked or changed meanwhile
       const rest = left ? ` ${marksTold(left)} not saved yet.` : "";
       $("marked").textContent = `Saved: ${marksTold(told.saved)}; the sheet holds ${told.images} ${told.images === 1 ? "image" : "images"}.${rest}`;
       announce($("marked").textContent);
-      say("");
+      say(told.behind ?? "");
     }
   } catch (fault) {
     say(fault.message);
@@ -273,8 +284,8 @@ async function save() {
   }
 }
 
-async function* saving(marks) {
-  yield await asked("api/marks", { image: page.image, category: $("category").value, patient: told($("patient").value), marks });
+async function* saving(value) {
+  yield await asked("api/marks", value);
 }
 
 // ---- paper ----

@@ -83,10 +83,15 @@ class PageEndpoint(Endpoint):
     async def __aexit__(self, *fault) -> None:
         await self.client.close()
 
-    async def problem(self) -> str | None:
-        """Ask the endpoint whether it can answer. ``None``, or why not, for the person in front of the page."""
+    async def problem(self, trouble_before: float = -math.inf) -> str | None:
+        """Ask the endpoint whether it can answer. ``None``, or why not, for the person in front of the page.
+
+        Args:
+            trouble_before: a time (`time.monotonic`); that there was trouble before it is no answer.
+        """
         async with self.checking:  # once, however many ask at the same time
-            if time.monotonic() - self.checked > FRESH_SECONDS:
+            outdated = self.trouble is not None and self.checked < trouble_before
+            if outdated or time.monotonic() - self.checked > FRESH_SECONDS:
                 probe = Endpoint(self.base_url, self.asked_for)  # another, as a restarted server may serve another model
                 try:
                     await asyncio.to_thread(probe.check)
@@ -146,7 +151,8 @@ class PageEndpoint(Endpoint):
         """An answer, asked for again where the connection breaks, the server is busy or its model refuses a field."""
         import openai
 
-        if self.model is None and (problem := await self.problem()):  # the page may be up before the server is
+        # The page may be up before the server is: what was so when nobody asked is looked at anew.
+        if self.model is None and (problem := await self.problem(trouble_before=time.monotonic())):
             yield {"error": problem}
             return
         request = self._request(messages, max_new_tokens) | {"stream": True, "logprobs": True}

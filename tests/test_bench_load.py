@@ -64,13 +64,13 @@ def test_so_many_users_ask_at_once_and_every_question_once(tmp_path):
 def test_waits_and_first_tokens_are_what_the_user_saw(tmp_path):
     def slowly(handler):
         stream(handler, "first", cut_after=1)
-        time.sleep(0.25)
+        time.sleep(0.8)
         event(handler, {"delta": {"content": " second"}, "finish_reason": "stop"})
 
     with StandIn(lambda prompt, attempt: slowly) as server:
         load(server, tmp_path / "r.json", "--users", "2", "--rows", "1")
     row = row_of(tmp_path / "r.json")
-    assert row["first_token"]["max"] < 0.2 < 0.25 <= row["seconds"]["min"]
+    assert row["first_token"]["max"] < 0.7 < 0.8 <= row["seconds"]["min"]
     assert list(row["seconds"]) == ["min", "mean", "median", "p95", "p99", "max"]
 
 

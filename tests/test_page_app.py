@@ -12,7 +12,7 @@ import httpx2
 import page_serving
 import pytest
 import stand_in
-from keys_and_ports import no_keys  # noqa: F401 - a fixture
+from keys_and_ports import free_port, no_keys  # noqa: F401 - one is a fixture
 from page_serving import ANSWERS, SURE, UNSURE, Running, arguments, bomb, png, script
 from starlette.testclient import TestClient
 
@@ -181,6 +181,17 @@ def test_events_can_be_closed_and_faults_are_not_swallowed(tmp_path, monkeypatch
         asyncio.run(stalled(endpoint))
     with pytest.raises(RuntimeError, match="of the page's own"):
         asyncio.run(whole(endpoint))
+
+
+def test_a_server_that_came_up_a_moment_ago_is_asked(tmp_path):
+    """The page was told a moment before that there is none, and keeps that for `FRESH_SECONDS` for those who only look."""
+    port = free_port()
+    made = page.make(arguments(f"http://127.0.0.1:{port}/v1", tmp_path / "marks"))
+    with TestClient(made.application(), base_url="http://127.0.0.1") as browser:
+        assert "cannot be used" in asyncio.run(made.endpoint.problem())
+        made.endpoint.checking = asyncio.Lock()  # of this test's loop until now
+        with stand_in.StandIn(script, port=port):
+            assert ask(browser, image=upload(browser), question="Q2")[-1]["answer"] == ANSWERS["Q2"]
 
 
 def test_an_answer_cut_at_its_limit_says_so(tmp_path):

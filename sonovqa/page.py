@@ -10,6 +10,7 @@ its answers: of a choice run ("head" in its run.json) the page would show noise,
 a data set by:
 
     python prepare_dataset.py sheet outputs/marks/marks.xlsx --images outputs/marks/images --group-column Patient
+    # without --group-column where no patient code was given; three patients are the least, one a split
 
 Stop the page before you change the workbook by hand: whoever writes last wins. A copy for elsewhere is whole once the page has
 stopped, or after `python -m sonovqa.marks_book outputs/marks/marks.xlsx`.
@@ -154,7 +155,8 @@ def greeting(args: argparse.Namespace) -> str:
     marks = args.marks / "marks.xlsx"
     lines = [
         f"the page is at {scheme}://{host}:{args.port}, asking {args.endpoint}",
-        f"marks go to {marks}; a data set of them: python prepare_dataset.py sheet {marks} --images {args.marks / 'images'}",
+        f"marks go to {marks}; a data set of them: python prepare_dataset.py sheet {marks} --images {args.marks / 'images'} "
+        "--group-column Patient (leave that out where no patient code was given)",
     ]
     if not (args.tls_cert or args.behind_tls or serving_plan.is_loopback(args.host)):
         lines.append("without --tls-cert images and key travel unencrypted: for a trusted network only, or with --behind-tls")

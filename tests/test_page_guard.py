@@ -225,3 +225,8 @@ def test_slow_clients_are_given_up(tmp_path, monkeypatch):
         assert b'"answer"' not in b"".join(iter(lambda: deaf.recv(1 << 20), b""))  # it was cut off, not served in the end
         for one in (silent, stalled, deaf):
             one.close()
+
+
+def test_the_command_it_shows_for_marks_keeps_a_patient_in_one_split():
+    args = page.parse(["--endpoint", "http://127.0.0.1:8000/v1"])
+    assert "--images outputs/marks/images --group-column Patient" in page.greeting(args)

@@ -40,7 +40,7 @@ from sonovqa import chat, choice, choosing
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import ImageRequest, LabelRequest
 
-engine = Endpoint(sys.argv[1], "demo", retries=0)
+engine = Endpoint(sys.argv[1], "mine", retries=0)
 engine.check()
 stream = io.BytesIO()
 Image.new("RGB", (128, 96), (80, 80, 80)).save(stream, "PNG")
@@ -115,10 +115,10 @@ def make_run(folder: Path, base: Path, data: Path, layers: str, seed: int):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, data):
-    """The server with adapters ``demo`` (vision and language) and ``words`` (language alone), once it says it is ready."""
+    """The server with adapters ``mine`` (vision and language) and ``words`` (language alone), once it says it is ready."""
     home = tmp_path_factory.mktemp("served")
     base = make_base(home / "tiny-fp32")
-    demo = make_run(home / "demo", base, data, r".*(q_proj|v_proj|qkv|linear_fc1)", 1)
+    demo = make_run(home / "mine", base, data, r".*(q_proj|v_proj|qkv|linear_fc1)", 1)
     make_run(home / "words", base, data, r".*language_model.*(q_proj|up_proj)", 2)
     (home / "client.py").write_text(CLIENT)
     (home / "docs").symlink_to(ROOT / "docs")
@@ -128,7 +128,7 @@ def served(tmp_path_factory, data):
     env |= {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
     (home / "key").write_text(KEY + "\n")
     port, log, said = free_port(), home / "serve.log", home / "said"
-    words = ["bash", str(ROOT / "serve.sh"), "--adapters", f"demo={home / 'demo'}", f"words={home / 'words'}", "--log", str(log)]
+    words = ["bash", str(ROOT / "serve.sh"), "--adapters", f"mine={home / 'mine'}", f"words={home / 'words'}", "--log", str(log)]
     with open(said, "wb") as out:
         process = subprocess.Popen(
             [*words, "--port", str(port), "--wait", "400"],
@@ -156,13 +156,13 @@ def run(served, *words: str, timeout: float = 120) -> subprocess.CompletedProces
 def test_it_is_ready_once_both_adapters_answer_as_their_own(served):
     """vLLM's answers, with its adapters on vision tower and language model, are those of the local engine."""
     said = served.said.read_text()
-    for name in ("demo", "words"):
+    for name in ("mine", "words"):
         answers = files.read_json(served.home / name / "merge.json")["answers"]
         assert f"{name}: first answers after" in said
         assert f"{len(answers)} of {len(answers)} answers to 4 images are those of the merge check" in said, said
-    assert "models: demo, words, and the base as tiny-fp32" in said
+    assert "models: mine, words, and the base as tiny-fp32" in said
     assert "suggested: VLLM_CPU_KVCACHE_SPACE=" in said
-    mine, other = (files.read_json(served.home / name / "merge.json")["answers"] for name in ("demo", "words"))
+    mine, other = (files.read_json(served.home / name / "merge.json")["answers"] for name in ("mine", "words"))
     assert served_check.compare(mine, other).share < served_check.BOUND, "or nothing above would tell the adapters apart"
 
 
@@ -176,7 +176,7 @@ def test_answers_likelihoods_keys_and_image_urls(served):
     done = run(served, sys.executable, "client.py", served.url, json.dumps(CLOSED), json.dumps(head.json()))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert told["models"] == ["tiny-fp32", "demo", "words"] and told["replies"] == 24
+    assert told["models"] == ["tiny-fp32", "mine", "words"] and told["replies"] == 24
     assert set(told["errors"]) <= {"the answer is empty"}  # such a model may say nothing but spaces
     assert "refuses a request without a key" in told["refused"]
     assert "fetched" not in told["url"] and "domain" in told["url"].lower()
@@ -224,7 +224,7 @@ def test_examples_of_the_page_run_as_they_stand(served, block):
 
 def test_attacks_on_the_server_come_to_nothing(served):
     code = "import json, os, sys; sys.path.append(sys.argv[1]); import attacks\n"
-    code += "print(json.dumps(attacks.run(sys.argv[2], 'demo', os.environ['VLLM_API_KEY'])))"
+    code += "print(json.dumps(attacks.run(sys.argv[2], 'mine', os.environ['VLLM_API_KEY'])))"
     done = run(served, sys.executable, "-c", code, str(ROOT / "tests"), f"{served.url}/v1")
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -247,7 +247,7 @@ def status_of(served, path: str, body: bytes | None = None, **headers: str) -> i
 
 
 def test_nothing_answers_without_the_key_which_stands_nowhere(served):
-    chat = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}).encode()
+    chat = json.dumps({"model": "mine", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}).encode()
     sent = {"Content-Type": "application/json"}
     assert status_of(served, "/v1/chat/completions", chat, **sent) == 401
     for path in ("/invocations", "/tokenize", "/abort_requests", "/docs", "/openapi.json", "/version", "//v1/models"):
@@ -269,7 +269,7 @@ def readable(path: Path) -> bool:
 
 def test_a_request_in_flight_finishes_when_the_server_is_stopped(served):
     """The last test: it stops the server."""
-    body = {"model": "demo", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "ignore_eos": True}
+    body = {"model": "mine", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "ignore_eos": True}
     request = urllib.request.Request(f"{served.url}/v1/chat/completions", json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
     request.add_header("Authorization", f"Bearer {KEY}")

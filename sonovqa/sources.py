@@ -89,6 +89,9 @@ def sheet(workbooks: list[Path], images: Path, group_column: str | None = None, 
         loaded.notes.append(f"patients spelt in several ways are one each: {', '.join(respelt)}")
     if missing:
         loaded.notes.append(f"{missing} images have no patient: near-duplicates among them share a group instead")
+    if group_column is None and group_regex is None:
+        loaded.notes.append("nobody's patient is named: near-duplicates share a group, but other images of a patient may stand "
+                            "in training and test alike; name patients with --group-column or --group-regex")  # fmt: skip
     need_records(loaded, f"{', '.join(map(str, workbooks))} with --images {images}")
     _need_patients(loaded, group_column, group_regex)
     return loaded

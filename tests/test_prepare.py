@@ -59,6 +59,7 @@ def test_form_b_and_names_typed_differently(tmp_path):
     assert {row["category"] for row in data.values()} == {"Non_standard_NT"}
     about = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert {reason: len(items) for reason, items in about["dropped"].items()} == {"no such image file": 1, "no answers yet": 1}
+    assert any("nobody's patient is named" in note for note in about["notes"])
 
 
 def test_duplicate_rows(tmp_path):
@@ -235,6 +236,7 @@ def test_a_patient_is_one_however_the_case_is_typed(tmp_path):
     assert {row["group"] for row in rows_of(data).values()} == {f"P{number}" for number in range(10)}
     assert sum(split["groups"] for split in about["splits"].values()) == 10
     assert any("P0 = p0, P1 = p1" in note for note in about["notes"])
+    assert not any("nobody's patient" in note for note in about["notes"])
 
 
 def test_phantoms_are_never_drawn_into_somebody_elses_folder(tmp_path):

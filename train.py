@@ -90,12 +90,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--patience", type=int, help="stop after this many validations without a better loss (unset: never)")
     run.add_argument("--resume", action="store_true", help="go on from the run's last whole checkpoint")
     run.add_argument("--merge", action=flag, default=True, help="write and check merged/ at the end")
-    run.add_argument(
-        "--report-to",
-        choices=tracking.CHOICES,
-        default=tracking.MLFLOW,
-        help="tracker: MLFLOW_TRACKING_URI or outputs/mlflow.db, outputs/<run>/tensorboard, Weights & Biases, or run.json alone",
-    )
+    run.add_argument("--report-to", choices=tracking.CHOICES, default=tracking.MLFLOW, help="tracker: MLFLOW_TRACKING_URI or "
+                     "outputs/mlflow.db, outputs/<run>/tensorboard, Weights & Biases; or run.json alone")  # fmt: skip
     run.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the weights there at the end; token in HF_TOKEN")
     run.add_argument("--public", action="store_true", help="with --push-to-hub: everybody may read them (unset: private)")
     run.add_argument(

@@ -128,31 +128,32 @@ def test_a_killed_or_endless_process_is_named(tmp_path):
 
 
 class Scripted:
-    """An engine whose replies take the seconds told, one after another or all at once."""
+    """An engine whose replies take the seconds told, one after another or all at once, on a clock of its own (``now``)."""
 
     name = "scripted"
 
     def __init__(self, seconds: list[list[float]], together: bool):
-        self.seconds, self.together = seconds, together
+        self.seconds, self.together, self.now = seconds, together, 0.0
 
     def answer(self, requests, max_new_tokens):
         for request, seconds in zip(requests, self.seconds, strict=True):
             if self.together:
-                time.sleep(max(seconds))
+                self.now += max(seconds)
             for (question_id, _), took in zip(request.prompts, seconds, strict=False):
                 if not self.together:
-                    time.sleep(took)
+                    self.now += took
                 error = "HTTP 500: no" if took == 0.01 else None
                 yield Reply(request.image_id, question_id, "" if error else "yes", error, "stop", 3, took)
 
 
 @pytest.mark.parametrize(("together", "wanted"), [(True, (0.05, 0.08)), (False, (0.1, 0.24))])
-def test_an_image_s_seconds_reach_from_its_first_question_to_its_last_answer(together, wanted):
+def test_an_image_s_seconds_reach_from_its_first_question_to_its_last_answer(together, wanted, monkeypatch):
     requests = bench_images.noise(2, (32, 24), 1)
     engine = Scripted([[0.05, 0.04, 0.01], [0.08, 0.08, 0.08]], together)
+    monkeypatch.setattr(bench_timing.time, "perf_counter", lambda: engine.now)
     figures, answers = bench_timing.measure(engine, requests, 3)
     told = figures["image_seconds"]
-    assert (told["min"], told["max"]) == pytest.approx(wanted, abs=0.03)
+    assert (told["min"], told["max"]) == pytest.approx(wanted)
     assert figures["errors"] == {"HTTP 500: no": 1}
     assert (figures["answered"], figures["failed"], figures["new_tokens"], len(answers)) == (5, 1, 15, 5)
     assert figures["answer_seconds"]["max"] == 0.08

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
@@ -33,6 +34,15 @@ def dialogues(tab, accept: bool) -> list[str]:
     return asked
 
 
+@contextlib.contextmanager
+def with_answers(tmp_path, chromium):
+    """A tab in which the eight answers of scan.png stand, and its page."""
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        yield tab, running
+
+
 def details(tab) -> dict[str, str]:
     return {name: tab.locator(f"#{name}").input_value() for name in DETAILS}
 
@@ -57,9 +67,7 @@ def test_details_stay_with_the_image_that_they_were_given_for(tmp_path, chromium
 
 
 def test_a_mark_made_while_others_are_saved_is_not_taken_for_saved(tmp_path, chromium):
-    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
-        give(tab)
-        answered(tab)
+    with with_answers(tmp_path, chromium) as (tab, running):
         saving, marked, save = threading.Event(), threading.Event(), running.page.sheet.save
 
         def slow(*marks):
@@ -85,9 +93,7 @@ def test_a_mark_made_while_others_are_saved_is_not_taken_for_saved(tmp_path, chr
 
 
 def test_a_correction_is_not_wiped_by_asking_its_question_again_without_a_word(tmp_path, chromium):
-    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
-        give(tab)
-        answered(tab)
+    with with_answers(tmp_path, chromium) as (tab, running):
         tab.click("#Q5 .wrong")
         tab.fill("#Q5 input", "13-15 weeks")
         asked = dialogues(tab, accept=False)
@@ -179,9 +185,7 @@ class Held:
 
 
 def test_a_mark_made_while_the_next_image_is_sent_is_not_lost_without_a_word(tmp_path, chromium):
-    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
-        give(tab)
-        answered(tab)
+    with with_answers(tmp_path, chromium) as (tab, running):
         held = Held(running)
         give(tab, png(seed=1), "second.png")
         tab.wait_for_selector("#drop[data-state=sending]")
@@ -201,9 +205,7 @@ def test_a_mark_made_while_the_next_image_is_sent_is_not_lost_without_a_word(tmp
 
 
 def test_marks_that_were_given_up_are_asked_about_once(tmp_path, chromium):
-    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
-        give(tab)
-        answered(tab)
+    with with_answers(tmp_path, chromium) as (tab, running):
         tab.click("#Q1 .right")
         asked = dialogues(tab, accept=True)
         give(tab, png(seed=1), "second.png")
@@ -213,9 +215,7 @@ def test_marks_that_were_given_up_are_asked_about_once(tmp_path, chromium):
 
 def test_marks_saved_while_the_next_image_is_sent_stay_with_theirs(tmp_path, chromium):
     """Even where the page no longer holds the image that they are on, as after a restart, and has to be sent it again."""
-    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
-        give(tab)
-        answered(tab)
+    with with_answers(tmp_path, chromium) as (tab, running):
         held = Held(running)
         give(tab, png(seed=1), "second.png")
         tab.wait_for_selector("#drop[data-state=sending]")
@@ -257,9 +257,7 @@ def test_what_is_asked_while_the_next_image_is_sent_stays_out_of_its_answers(tmp
 
 
 def test_a_mark_that_was_saved_can_be_taken_back(tmp_path, chromium):
-    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
-        give(tab)
-        answered(tab)
+    with with_answers(tmp_path, chromium) as (tab, running):
         tab.click("#Q1 .right")
         tab.click("#Q1 .right")
         assert tab.locator("#save").is_disabled()  # nothing was saved that could be taken back
@@ -304,9 +302,7 @@ def test_a_report_printed_while_answers_come_has_the_date_of_its_own_image(tmp_p
 
 
 def test_a_mark_names_the_model_that_answered_and_not_the_one_served_since(tmp_path, chromium):
-    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
-        give(tab)
-        answered(tab)
+    with with_answers(tmp_path, chromium) as (tab, running):
         before, running.page.endpoint.model = running.page.endpoint.name, "another"
         tab.click("#Q1 .right")
         tab.click("#save")

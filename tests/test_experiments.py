@@ -28,7 +28,7 @@ KNOBS = {
     "RUNS": "t", "SEEDS": "1",
     "MODELS": "base", "IMAGES": "6", "LIMIT": "2", "SIZES": "2B", "WEIGHTS": "weights", "PROCESSOR": "base", "SIZE_PX": "64x48",
     "TRAIN": "--steps 2 --batch 2 --accumulate 1 --eval-every 2 --no-merge --report-to none",
-    "PAIRS": "8", "STEPS": "--steps 1 --warmup 1 --prepared 1 --rank 2", "BITS": "16", "ROWS": "1",
+    "PAIRS": "8", "LAYERS": "all no-mlp", "STEPS": "--steps 1 --warmup 1 --prepared 1 --rank 2", "BITS": "16", "ROWS": "1",
     "EVAL": "--adapter --resamples 20 --max-new-tokens 3",
     "ANSWER": "--engines shared",
 }  # fmt: skip

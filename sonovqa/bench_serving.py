@@ -121,7 +121,7 @@ def device_used() -> int | None:
 
 def device_processes() -> int:
     """How many processes compute on the first GPU, by nvidia-smi; 0 where there is none."""
-    return len(_nvidia_smi("--query-compute-apps=pid", "--format=csv,noheader").split("\n")) - 1
+    return len(_nvidia_smi("--query-compute-apps=pid", "--format=csv,noheader").splitlines())
 
 
 def _nvidia_smi(*query: str) -> str:

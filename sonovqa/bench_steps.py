@@ -2,8 +2,8 @@
 layers and way of batching.
 
 A process of its own makes peak memory honest and lets Unsloth compile once; processes side by side take turns
-(`bench_turns`). The batches are those that train.py would
-make (`planning`, `batching.Collator`) and so is the loss (`losses`); only the loader and the trainer are left out.
+(`bench_turns`). The batches are those that train.py would make (`planning`, `batching.Collator`) and so is the loss
+(`losses`); only the loader and the trainer are left out.
 """
 
 from __future__ import annotations

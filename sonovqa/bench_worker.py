@@ -141,11 +141,11 @@ def scored(case: Case, engine: Engine) -> dict:
 
 def _taken(when: str, before: int | None) -> dict:
     """What torch's allocator reserved (it gives nothing back, so after the last answer that is its peak), and what the whole
-    device has in use over ``before``, by nvidia-smi; that is unknown where others compute there too."""
+    device has in use over ``before``, by nvidia-smi; that is unknown unless it shows this process there and no other."""
     import torch
 
-    used, others = bench_serving.device_used(), bench_serving.device_processes() - 1
-    taken = None if used is None or before is None or others > 0 else used - before
+    used, alone = bench_serving.device_used(), bench_serving.device_processes() == 1
+    taken = None if used is None or before is None or not alone else used - before
     return {f"reserved_{when}": torch.cuda.memory_reserved(), f"device_{when}": taken}
 
 

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from sonovqa import files, resuming, tracking_mlflow
 from sonovqa.cli import console
+from sonovqa.tracking_mlflow import numbers
 
 MLFLOW, TENSORBOARD, WANDB, NONE = CHOICES = ("mlflow", "tensorboard", "wandb", "none")
 EVENTS = "tensorboard"  # in a run's folder: its event files
@@ -135,9 +136,8 @@ class WandB:
         self._run = self._open(folder, name=name, id=kept.get("run_id"), config=given, resume="allow" if kept else None,
                                group=os.environ.get("WANDB_RUN_GROUP"))  # fmt: skip
         self._run.define_metric("step")
-        self._run.define_metric(
-            "*", step_metric="step"
-        )  # a resumed run logs some steps again, which its own counter would refuse
+        # A resumed run logs some steps again, which the run's own counter would refuse.
+        self._run.define_metric("*", step_metric="step")
         files.write_json(folder / TRACKED, {"run_id": self._run.id})
 
     @staticmethod
@@ -165,8 +165,3 @@ class WandB:
         for path in artefacts:
             opened.save(str(path), base_path=str(path.parent.parent), policy="now")
         opened.finish()
-
-
-def numbers(values: Mapping[str, object]) -> dict[str, float]:
-    """The numeric ones of ``values``."""
-    return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}

@@ -59,13 +59,18 @@ class MLflow:
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Log the numeric ones of ``values`` at ``step``."""
-        self._mlflow.log_metrics({k: float(v) for k, v in values.items() if isinstance(v, int | float)}, step=step)
+        self._mlflow.log_metrics(numbers(values), step=step)
 
     def finish(self, record: Path, status: str = "FINISHED") -> None:
         """Attach run.json and close the run."""
         if record.exists():
             self._mlflow.log_artifact(str(record))
         self._mlflow.end_run(status)
+
+
+def numbers(values: Mapping[str, object]) -> dict[str, float]:
+    """The numeric ones of ``values``."""
+    return {key: float(value) for key, value in values.items() if isinstance(value, int | float)}
 
 
 def run_of(folder: Path) -> str | None:

@@ -192,9 +192,9 @@ def test_memory_of_a_server_is_that_of_all_its_processes(monkeypatch):
     assert memory.kind == "main memory of its processes"
 
 
-@pytest.mark.parametrize(("processes", "known"), [("100", True), ("100\n200", False)])
+@pytest.mark.parametrize(("processes", "known"), [("100\n", True), ("100\n200\n", False), ("", False)])
 def test_a_device_that_others_use_too_tells_nothing_about_this_process(processes, known, tmp_path, monkeypatch):
-    (tmp_path / "processes").write_text(f"{processes}\n")
+    (tmp_path / "processes").write_text(processes)
     asked = f'#!/bin/sh\ncase "$1" in *compute-apps*) cat {tmp_path}/processes ;; *) echo 3000 ;; esac\n'
     (tmp_path / "nvidia-smi").write_text(asked)
     (tmp_path / "nvidia-smi").chmod(0o755)

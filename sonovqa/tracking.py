@@ -79,7 +79,10 @@ def attach(run: Path, artefacts: list[Path], images: list[Path], scores: Mapping
     if (run / EVENTS).is_dir() and importlib.util.find_spec(TENSORBOARD):
         TensorBoard.attach(run, scores)
     if (run / TRACKED).exists() and importlib.util.find_spec("wandb"):
-        WandB.attach(run, artefacts, scores)
+        if lacking := problems(WANDB):
+            console.print(f"the scores of {run} were not sent: {'; '.join(lacking)}", soft_wrap=True)
+        else:
+            WandB.attach(run, artefacts, scores)
 
 
 class TensorBoard:

@@ -94,7 +94,7 @@ def test_weights_and_biases_keeps_a_run_without_a_server(tmp_path):
     assert b"report.html" not in whole and b"a word" not in whole
 
 
-def test_weights_and_biases_without_a_login_is_said_before_training(base, data, tmp_path, monkeypatch):
+def test_weights_and_biases_without_a_login_is_said_before_training(base, data, tmp_path, monkeypatch, capsys):
     for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -102,6 +102,9 @@ def test_weights_and_biases_without_a_login_is_said_before_training(base, data, 
     with pytest.raises(UserError, match=r"there is no login.*WANDB_MODE=offline"):
         running.run(base, data, tmp_path, "r", report_to="wandb")
     assert not (tmp_path / "r").exists()
+    files.write_json(tmp_path / "seen" / tracking.TRACKED, {"run_id": "x"})
+    tracking.attach(tmp_path / "seen", [], [], {"Q7 accuracy": 0.5})
+    assert "were not sent: --report-to wandb; there is no login" in capsys.readouterr().out
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path):

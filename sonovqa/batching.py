@@ -152,9 +152,31 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+class TextEncoder(Encoder):
+    """The `Encoder` of texts: one text a row, plain positions, which the model makes itself.
+
+    Args:
+        processor: a `text_only.TextProcessor`.
+        model: ``None``.
+        head: the choice head that answers.
+    """
+
+    def __init__(self, processor, model=None, head: choice.Head | None = None):
+        super().__init__(processor, None, head, families.of_type(None))
+
+    def prefixes(self, images: Sequence, contexts: Sequence[str | None]) -> tuple[list[Prefix], dict[str, torch.Tensor]]:
+        """One prefix a text, all alike, and no vision tensors; ``images`` are counted only."""
+        ids = torch.tensor(self._ids(self.template.prefix()))
+        return [Prefix(ids, torch.arange(len(ids))) for _ in images], {}
+
+    def prefix_lengths(self, sizes: Sequence, contexts: Sequence[str | None]) -> list[int]:
+        """Tokens of each text's prefix, which no size changes."""
+        return [len(self._ids(self.template.prefix()))] * len(sizes)
+
+
 def encoder_for(processor, model, head: choice.Head | None = None) -> Encoder:
     """The encoder of a model, or of texts, with a run's choice head."""
-    return text_only.encoder(processor, head) if processor.image_processor is None else Encoder(processor, model, head)
+    return TextEncoder(processor, None, head) if processor.image_processor is None else Encoder(processor, model, head)
 
 
 @dataclass

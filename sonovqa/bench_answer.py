@@ -28,6 +28,7 @@ from pathlib import Path
 
 from sonovqa import (
     bench_answer_table,
+    bench_cases,
     bench_images,
     bench_predictions,
     bench_records,
@@ -45,7 +46,7 @@ from sonovqa import (
     records,
     serving,
 )
-from sonovqa.bench_worker import ENGINES, ONE_AT_A_TIME, SHARED, VLLM, Case, Scoring
+from sonovqa.bench_cases import ENGINES, ONE_AT_A_TIME, SHARED, VLLM, Case, Scoring
 from sonovqa.cli import console
 from sonovqa.serving_plan import ROOT
 
@@ -219,13 +220,13 @@ def measured(case: Case, limit: float, folder: Path) -> Iterator[dict]:
     """
     folder = folder / files.sha256(case.label, str(case.bits), case.engine, *map(str, case.levels))[:16]
     spec, rows, log = (folder / name for name in ("case.json", "rows.jsonl", "worker.log"))
-    bench_worker.save(case, spec)
+    bench_cases.save(case, spec)
     rows.unlink(missing_ok=True)
     reason = _ended(case, [sys.executable, "-m", "sonovqa.bench_worker", str(spec), str(rows)], log, limit)
     found = predictions.read(rows)
     yield from found
     for level in case.levels[sum("scores" not in row for row in found) :]:
-        yield bench_worker.row_of(case, level, {"error": reason})
+        yield bench_cases.row_of(case, level, {"error": reason})
     if case.scoring and not any("scores" in row for row in found):
         yield {"scores": bench_scores.failed(case, reason)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sonovqa import bench_images, bench_records, bench_scores, memory, records
-from sonovqa.bench_worker import ONE_AT_A_TIME, TENSORS, VLLM
+from sonovqa.bench_cases import ONE_AT_A_TIME, TENSORS, VLLM
 from sonovqa.cli import console
 
 

@@ -6,8 +6,8 @@ import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sonovqa import bench_worker, families, memory, memory_peak, records, weights
-from sonovqa.bench_worker import SHARED, VLLM, Case
+from sonovqa import bench_cases, families, memory, memory_peak, records, weights
+from sonovqa.bench_cases import SHARED, VLLM, Case
 from sonovqa.cli import UserError
 from sonovqa.engines import ImageRequest
 
@@ -94,6 +94,6 @@ def beside(row: dict, entries: Sequence[Mapping]) -> dict:
         return row
     told = {key: found[-1][key] for key in ("predicted_loaded", "predicted_peak")}
     for what in ("loaded", "peak"):
-        if row.get("memory") == bench_worker.TENSORS:
+        if row.get("memory") == bench_cases.TENSORS:
             told[f"ratio_{what}"] = round((row[f"memory_{what}"] - row["memory_before"]) / told[f"predicted_{what}"], 4)
     return row | told

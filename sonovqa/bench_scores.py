@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sonovqa import asking, bench_records, comparing, dataset, endpoint_cost, files, predictions, scoretable, scoring
-from sonovqa.bench_worker import SHARED, VLLM, Case, Scoring
+from sonovqa.bench_cases import SHARED, VLLM, Case, Scoring
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine
 

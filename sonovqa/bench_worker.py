@@ -9,90 +9,29 @@ for; how it failed is its last line.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_caches, bench_images, bench_serving, bench_timing, bench_turns, cli, files, predictions, prompt_variants
+from sonovqa import (
+    bench_caches,
+    bench_cases,
+    bench_images,
+    bench_scores,
+    bench_serving,
+    bench_timing,
+    bench_turns,
+    cli,
+    predictions,
+)
+from sonovqa.bench_cases import RESIDENT, SHARED, TENSORS, VLLM, Case, row_of
 from sonovqa.cli import UserError
 from sonovqa.endpoint import KEY_NAMES, Endpoint
 from sonovqa.engines import Engine, ImageRequest
 
-TENSORS, RESIDENT = "torch's tensors", "resident set"  # what a row's memory is
 WARM_UPS = 2  # images that a server is asked about before every level
-ONE_AT_A_TIME, SHARED, VLLM = ENGINES = ("one-at-a-time", "shared", "vllm")
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """Which rows of a data set are answered and scored besides (`bench_scores`).
-
-    Attributes:
-        data, split: the data set's folder and its split.
-        rows: images, drawn across categories; 0: all of the split.
-        seed: of the draw and of the intervals.
-        prompt: a line of `prompt_variants.variants`.
-        folder: where the answers are kept.
-        at_once: images answered together, or requests in flight.
-    """
-
-    data: str
-    split: str
-    rows: int
-    seed: int
-    prompt: str = prompt_variants.DEFAULT
-    folder: str = ""
-    at_once: int = 1
-
-
-@dataclass(frozen=True)
-class Case:
-    """What one process measures.
-
-    Attributes:
-        label: the model's name in the table.
-        model: weights to load: a folder, hub id or ``tiny``; ``None``: only its endpoint has them.
-        adapter: a run's ``adapter/`` on top, or ``None``.
-        bits: 4, 8 or 16.
-        engine: one of `ENGINES`.
-        levels: images at a time (`SHARED`), requests in flight (`VLLM`); ``(1,)`` for `ONE_AT_A_TIME`.
-        new_tokens, ignore_eos: length of an answer, fixed if the end of the turn is ignored.
-        images: arguments of `bench_images.make`.
-        endpoint: a server that runs already, or ``None``: one is started.
-        endpoint_model: its name for the model; ``None``: the only one it serves.
-        key_env: environment variable that holds its key.
-        server_flags: for a server started here.
-        scoring: rows to answer and score when all levels are measured, or ``None``.
-    """
-
-    label: str
-    model: str | None
-    adapter: str | None
-    bits: int
-    engine: str
-    levels: tuple[int, ...]
-    new_tokens: int
-    ignore_eos: bool
-    images: dict
-    endpoint: str | None = None
-    endpoint_model: str | None = None
-    key_env: str | None = None
-    server_flags: tuple[str, ...] = ()
-    scoring: Scoring | None = None
-
-    @property
-    def keys(self) -> list[tuple]:
-        """What tells its rows from others of the same record, in the order measured."""
-        return [(self.label, self.bits, self.engine, level) for level in self.levels]
-
-
-def row_of(case: Case, level: int, told: dict) -> dict:
-    """A row of the record."""
-    return {"model": case.label, "bits": case.bits, "engine": case.engine, "level": level, "error": None} | told
 
 
 def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
@@ -134,8 +73,6 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
 
 def scored(case: Case, engine: Engine) -> dict:
     """What `bench_scores.score` gives, told from a row by its one key."""
-    from sonovqa import bench_scores
-
     return {"scores": bench_scores.score(case, engine)}
 
 
@@ -247,21 +184,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("case", type=Path, help="a JSON file of a case's attributes")
     parser.add_argument("rows", type=Path, help="takes a line a row")
     args = parser.parse_args(argv)
-    stored = files.read_json(args.case)
-    stored |= {"levels": tuple(stored["levels"]), "server_flags": tuple(stored["server_flags"])}
-    case = Case(**stored | {"scoring": stored["scoring"] and Scoring(**stored["scoring"])})
-    size = case.images["size"]
-    images = case.images | {"data": case.images["data"] and Path(case.images["data"]), "size": size and tuple(size)}
-    requests = bench_images.make(**images)
+    case = bench_cases.load(args.case)
+    requests = bench_images.make(**case.images)
     found = behind_endpoint(case, requests, args.rows.with_suffix(".vllm.log")) if case.engine == VLLM else local(case, requests)
     with contextlib.redirect_stdout(sys.stderr), predictions.Log(args.rows) as rows:
         for row in found:
             rows.append(row)
-
-
-def save(case: Case, path: Path) -> None:
-    """Write a case down for `main`."""
-    files.write_json(path, dataclasses.asdict(case))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from sonovqa import weights
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -114,8 +116,6 @@ def of_type(kind: str | None) -> Family:
 
 def of_model(name: str) -> Family:
     """The family of a model folder, a hub id whose config.json is in the cache, or ``tiny``, before anything is loaded."""
-    from sonovqa import weights
-
     return of_type("qwen3_vl" if name.partition("-")[0] == "tiny" else weights.config_of(name).get("model_type"))
 
 

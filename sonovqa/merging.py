@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sonovqa import adapters, cli, families, files, models, resuming, text_only
+from sonovqa import adapters, cli, families, files, models, resuming, text_only, weights
 from sonovqa.cli import UserError, console
 
 #: Bounds of the merge check. Rounding merged weights to 16 bits moves an answer's distribution by 1e-6 to 1e-3 nats, and
@@ -238,7 +238,7 @@ def check_complete(folder: Path) -> None:
     """Raise `UserError` unless everything vLLM needs stands beside the weights."""
     models.check_folder(folder)
     wanted = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
-    if not text_only.takes_no_images(str(folder)):  # of texts the tokenizer is all, with a chat template or without
+    if not weights.takes_no_images(str(folder)):  # of texts the tokenizer is all, with a chat template or without
         wanted += ["chat_template.jinja", "processor_config.json"]
     for name in wanted:
         if not (folder / name).exists():

@@ -77,7 +77,7 @@ def load_processor(name: str, pixels: tuple[int | None, int | None] = (None, Non
     torchvision_ops.declare()
     from transformers import AutoProcessor
 
-    if text_only.takes_no_images(name):
+    if weights.takes_no_images(name):
         return text_only.load_processor(name)
     processor = AutoProcessor.from_pretrained(name)
     processor.tokenizer.padding_side = "right"
@@ -167,7 +167,7 @@ def load_for_training(name: str, bits: int, pixels=(None, None), backend: str = 
         UserError: if the backend cannot be had or the model not be loaded.
     """
     backend, why = choose_backend(backend, families.of_model(name))
-    if text_only.takes_no_images(name):
+    if weights.takes_no_images(name):
         backend, why = "transformers", "a text-only model"
     model = _load_unsloth(name, bits, checkpointing) if backend == "unsloth" else _load_transformers(name, bits)
     return Loaded(model, load_processor(name, pixels, families.of(model.config)), backend, why)

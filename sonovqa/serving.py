@@ -32,7 +32,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sonovqa import choosing, cli, served_check, serving_adapters, serving_examples, serving_plan, text_only
+from sonovqa import choosing, cli, served_check, serving_adapters, serving_examples, serving_plan, weights
 from sonovqa.cli import UserError, console
 from sonovqa.serving_plan import Plan
 from sonovqa.serving_signals import HURRY, held_back, say, stopping_on_signals
@@ -161,7 +161,7 @@ def make_ready(plan: Plan, check: bool) -> None:
         raise UserError(f"vLLM ignores {len(layers)} layers of {name}; {', '.join(layers[:3])} …; {serving_adapters.MERGED}")
     reach_directly(plan.url)
     for name in plan.names:
-        if text_only.takes_no_images(plan.weights.model):
+        if weights.takes_no_images(plan.weights.model):
             told = f"{name}: takes texts, no images"
         else:
             with console.status(f"first request to {name}"):

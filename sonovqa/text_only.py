@@ -1,4 +1,4 @@
-"""Data sets without images and the causal language models that learn them: their processor, prompts and encoder.
+"""Data sets without images and the causal language models that learn them: their processor and prompts.
 
 A row's question is the text itself (`csv_text`), its answer the label. Nothing is added but the model's own chat template, no
 system text: what an ultrasound assistant is told would be wrong here.
@@ -6,10 +6,9 @@ system text: what an ultrasound assistant is told would be wrong here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-from sonovqa import chat, families, torchvision_ops
+from sonovqa import chat, weights
 from sonovqa.cli import UserError
 
 _BARE = ("Text: ", "\nLabel:")  # around a text for a base model whose tokenizer has no chat template
@@ -62,35 +61,11 @@ class TextTemplate:
         return prompt + self.tail
 
 
-def is_text_only(config: dict) -> bool:
-    """Whether a config.json is of a causal language model that takes no images, by transformers' own tables."""
-    torchvision_ops.declare()  # before the first import of transformers, which notes what is installed
-    from transformers.models.auto import modeling_auto
-
-    kind = config.get("model_type")
-    takes_images = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-    return kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not takes_images
-
-
-def takes_no_images(name: str) -> bool:
-    """Whether a model folder, an adapter's folder or a hub id is of a text-only model."""
-    from sonovqa import weights
-
-    folder = Path(name)
-    if not folder.is_dir():
-        return is_text_only(weights.config_of(name))
-    if any((folder / file).exists() for file in weights.PROCESSORS):
-        return False
-    if not (folder / "config.json").exists():  # an adapter: train.py saved tokenizer or processor beside it
-        return (folder / "tokenizer_config.json").exists()
-    return is_text_only(weights.read_config(folder))
-
-
 def model_class(name: str):
     """The auto class of a local folder or hub id: `AutoModelForCausalLM` for text-only models, else for images and text."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    return AutoModelForCausalLM if takes_no_images(name) else AutoModelForImageTextToText
+    return AutoModelForCausalLM if weights.takes_no_images(name) else AutoModelForImageTextToText
 
 
 def load_processor(name: str) -> TextProcessor:
@@ -121,21 +96,3 @@ def check(splits, processor, chooses: bool, model: str) -> None:
         raise UserError(f"--data holds images; --model {model} takes none; name a vision-language model, or data of csv-text")
     if texts and not chooses:
         raise UserError("--data holds texts and their labels; they are learnt by --head choice only; add --head choice")
-
-
-def encoder(processor, head):
-    """The `batching.Encoder` of texts: one text a row, plain positions, which the model makes itself."""
-    from sonovqa.batching import Encoder
-    from sonovqa.layout import Prefix
-
-    class TextEncoder(Encoder):
-        def prefixes(self, images: Sequence, contexts: Sequence[str | None]) -> tuple[list[Prefix], dict]:
-            import torch
-
-            ids = torch.tensor(self._ids(self.template.prefix()))
-            return [Prefix(ids, torch.arange(len(ids))) for _ in images], {}
-
-        def prefix_lengths(self, sizes: Sequence, contexts: Sequence[str | None]) -> list[int]:
-            return [len(self._ids(self.template.prefix()))] * len(sizes)
-
-    return TextEncoder(processor, None, head, families.of_type(None))

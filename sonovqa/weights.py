@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from sonovqa import files, text_only
+from sonovqa import files, torchvision_ops
 from sonovqa.cli import UserError
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -47,7 +47,7 @@ def check_folder(path: Path) -> None:
                             "convert them first")  # fmt: skip
         raise UserError(f"{path} holds no weights; {SINGLE} is needed; download or merge the model again")
     of_folder(path)
-    texts = (path / "tokenizer_config.json").exists() and text_only.takes_no_images(str(path))
+    texts = (path / "tokenizer_config.json").exists() and takes_no_images(str(path))
     if not texts and not any((path / name).exists() for name in PROCESSORS):
         raise UserError(f"{path} lacks processor files (processor_config.json); save the full processor beside the weights")
 
@@ -62,6 +62,28 @@ def read_config(path: Path) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{path / 'config.json'} is no configuration; a JSON object is needed; download the model again")
     return config
+
+
+def is_text_only(config: dict) -> bool:
+    """Whether a config.json is of a causal language model that takes no images, by transformers' own tables."""
+    torchvision_ops.declare()  # before the first import of transformers, which notes what is installed
+    from transformers.models.auto import modeling_auto
+
+    kind = config.get("model_type")
+    takes_images = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not takes_images
+
+
+def takes_no_images(name: str) -> bool:
+    """Whether a model folder, an adapter's folder or a hub id is of a text-only model."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return is_text_only(config_of(name))
+    if any((folder / file).exists() for file in PROCESSORS):
+        return False
+    if not (folder / "config.json").exists():  # an adapter: train.py saved tokenizer or processor beside it
+        return (folder / "tokenizer_config.json").exists()
+    return is_text_only(read_config(folder))
 
 
 def of_folder(path: Path) -> dict[str, Tensor]:

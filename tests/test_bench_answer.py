@@ -21,7 +21,7 @@ from sonovqa import (
     chat,
     cli,
 )
-from sonovqa.bench_worker import ONE_AT_A_TIME, SHARED, VLLM, Case
+from sonovqa.bench_cases import ONE_AT_A_TIME, SHARED, VLLM, Case
 from sonovqa.cli import UserError
 from sonovqa.engines import Reply
 

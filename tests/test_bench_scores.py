@@ -10,8 +10,8 @@ from stand_in import StandIn
 from test_bench_answer import bench, case
 from test_report_html import Balanced
 
-from sonovqa import bench_answer, bench_answer_table, bench_report, bench_scores, bench_worker, files
-from sonovqa.bench_worker import ONE_AT_A_TIME, SHARED, VLLM, Scoring
+from sonovqa import bench_answer, bench_answer_table, bench_cases, bench_report, bench_scores, files
+from sonovqa.bench_cases import ONE_AT_A_TIME, SHARED, VLLM, Scoring
 from sonovqa.cli import UserError
 
 
@@ -112,7 +112,7 @@ def test_scores_need_a_data_set(words, tmp_path):
 
 def on_a_gpu(**changes) -> dict:
     row = {"model": "owner/Qwen<b>", "bits": 4, "engine": SHARED, "level": 1, "error": None, "failed": 0, "dtype": "bfloat16",
-           "memory": bench_worker.TENSORS, "memory_before": 0, "memory_loaded": 6_900_000_000, "memory_peak": 7_400_000_000,
+           "memory": bench_cases.TENSORS, "memory_before": 0, "memory_loaded": 6_900_000_000, "memory_peak": 7_400_000_000,
            "predicted_loaded": 6_900_000_000, "predicted_peak": 7_290_000_000, "ratio_loaded": 1.0, "ratio_peak": 1.0151,
            "device_peak": 8_200_000_000, "load_seconds": 20.0, "disk_bytes": 16_600_000_000, "answers_per_second": 9.0,
            "tokens_per_second": 300.0,

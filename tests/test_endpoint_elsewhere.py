@@ -20,7 +20,7 @@ import evaluate
 import inference
 from sonovqa import bench_answer, bench_caches, bench_load, bench_scores, chat, choosing, cli, endpoint_cost, files
 from sonovqa.asking import Item
-from sonovqa.bench_worker import Scoring
+from sonovqa.bench_cases import Scoring
 from sonovqa.choice import Head, Label
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Endpoint

@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from sonovqa import (
+    bench_cases,
     bench_images,
     bench_predictions,
-    bench_worker,
     cli,
     families,
     files,
@@ -229,9 +229,9 @@ def test_the_work_of_every_family_is_told(family, tokenizer):
     assert work.prefix > 0 and work.branch > 0 and work.pixels > 0
 
 
-def case(model, **named) -> bench_worker.Case:
-    told = {"label": "m", "model": str(model), "adapter": None, "bits": 4, "engine": bench_worker.SHARED, "levels": (1, 2)}
-    return bench_worker.Case(**told | {"new_tokens": 8, "ignore_eos": True, "images": {}} | named)
+def case(model, **named) -> bench_cases.Case:
+    told = {"label": "m", "model": str(model), "adapter": None, "bits": 4, "engine": bench_cases.SHARED, "levels": (1, 2)}
+    return bench_cases.Case(**told | {"new_tokens": 8, "ignore_eos": True, "images": {}} | named)
 
 
 def test_a_case_is_predicted_from_its_headers_and_processor(base):
@@ -240,7 +240,7 @@ def test_a_case_is_predicted_from_its_headers_and_processor(base):
     assert one["predicted_loaded"] == two["predicted_loaded"] < one["predicted_peak"] < two["predicted_peak"]
     assert two["parts"]["KV cache"] == 2 * one["parts"]["KV cache"] and two["work"]["rows"] == 16
     assert bench_predictions.in_words(one).startswith("predicted for m 4 shared 1: ")
-    assert bench_predictions.of_case(case(base, engine=bench_worker.VLLM), requests) == []
+    assert bench_predictions.of_case(case(base, engine=bench_cases.VLLM), requests) == []
     gone = bench_predictions.of_case(case("/no/such/model"), requests)
     assert "no model folder at /no/such/model" in gone[0]["why_not"] and "no prediction for m 4" in bench_predictions.in_words(
         gone[0]
@@ -248,12 +248,12 @@ def test_a_case_is_predicted_from_its_headers_and_processor(base):
 
 
 def test_a_measured_row_stands_beside_its_prediction():
-    row = {"model": "m", "bits": 4, "engine": "shared", "level": 1, "memory": bench_worker.TENSORS}
+    row = {"model": "m", "bits": 4, "engine": "shared", "level": 1, "memory": bench_cases.TENSORS}
     row |= {"memory_before": 100, "memory_loaded": 1100, "memory_peak": 2300}
     told = {"model": "m", "bits": 4, "engine": "shared", "level": 1, "predicted_loaded": 1250, "predicted_peak": 2000}
     made = bench_predictions.beside(row, [told | {"predicted_peak": 1}, told])
     assert (made["ratio_loaded"], made["ratio_peak"], made["predicted_peak"]) == (0.8, 1.1, 2000)
-    assert "ratio_peak" not in bench_predictions.beside(row | {"memory": bench_worker.RESIDENT}, [told])
+    assert "ratio_peak" not in bench_predictions.beside(row | {"memory": bench_cases.RESIDENT}, [told])
     assert bench_predictions.beside(row | {"bits": 8}, [told]) == row | {"bits": 8}
 
 

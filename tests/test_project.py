@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import fnmatch
+import graphlib
 import importlib
 import re
 import subprocess
@@ -52,6 +54,31 @@ def test_arrows_go_one_way():
         assert not top & set(SCRIPTS), path
         if path.stem not in NEEDS_TORCH:
             assert not top & {"torch", "transformers", "trl", "peft"}, path
+
+
+def test_the_map_of_the_package_names_every_module_once():
+    told = re.search(r"\n\n((?: {4}.*\n)+)", importlib.import_module("sonovqa").__doc__)[1]
+    words = [word for line in told.splitlines() for word in line[19:].split()]
+    named = sorted(module for word in words for module in fnmatch.filter(MODULES, word))
+    assert named == MODULES
+
+
+def imported(path) -> set[str]:
+    """The package's modules that a file imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "sonovqa":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sonovqa."):
+            found.add(node.module.split(".")[1])
+    return found & set(MODULES)
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    """Not inside functions either: an import there hides a circle, it does not open it."""
+    order = list(graphlib.TopologicalSorter({name: imported(ROOT / "sonovqa" / f"{name}.py") for name in MODULES}).static_order())
+    assert sorted(order) == MODULES
+    assert order.index("questions") < order.index("chat") < order.index("batching") < order.index("merging")
 
 
 def test_functions_are_short_and_public_ones_explained():

@@ -82,6 +82,7 @@ def _pattern(name: str) -> re.Pattern:
         rf"|{_WEEK} ?(?:and|,)? ?0?([0-6]) ?(?:/ ?7 ?)?{_DAY}"  # 12 weeks and 4 days
         rf"|w ?0?([0-6])(?!\d)(?: ?{_DAY})?"  # 12w4
         r"|[ -]([1-6]) ?/ ?7)",  # 12 4/7
+        "choices": rf"{_FREE}\d\d(?:, ?\d\d)*,? or \d\d(?= ?-?{_WEEK})",  # 20, 21 or 22 weeks
         "days": rf"{_FREE}(\d{{2,3}}) ?days\b(?: old)?",
         "error": rf"({point}) ?(?:{_WEEK})? ?{plus_or_minus} ?(@\d+|\d\d?(?:\.\d)?)(?! ?%) ?({_DAY}|{_WEEK})?(?: ?{_WEEK})?",
         "age": rf"(?P<lead>\bweeks? )?{_FREE}(?P<low>{point})(?P<inner> ?{_WEEK})?(?: ?{_TO} ?(?:the )?(?P<high>{point}))?"
@@ -131,6 +132,7 @@ def rewritten_age(text: str) -> str:
     text = re.sub(r"(?<=[a-z])(?=\d)", " ", digits(text))  # ga23 weeks
     text = re.sub(r"(\d)(?:st|nd|rd|th)(?= (?:week|and|to|-))", r"\1", text)  # 20th to 24th week
     text = _pattern("comma weeks").sub(r"\1.\2", text)
+    text = _pattern("choices").sub(_choices, text)
     text = _pattern("point").sub(lambda m: f"@{7 * int(m[1]) + int(next(g for g in m.groups()[1:] if g))}", text)
 
     def spread(m: re.Match) -> str:
@@ -143,6 +145,20 @@ def rewritten_age(text: str) -> str:
     for bounds in ("from", "from2"):
         text = _pattern(bounds).sub(r"\1-", text)
     return _pattern("trimesters").sub(_second_trimester, text)
+
+
+def _choices(m: re.Match) -> str:
+    """Weeks to choose from as one interval if they follow each other ("20, 21 or 22 weeks"), else each with its unit.
+
+    A number further off that only a comma joins is none of them: "BPD 47, 20 or 21 weeks".
+    """
+    numbers = [int(number) for number in re.findall(r"\d+", m[0])]
+    first = len(numbers) - 1
+    while first and abs(numbers[first - 1] - numbers[first]) <= AGE["agree"]:
+        first -= 1
+    if first == len(numbers) - 1:
+        return re.sub(r",? or (\d+)$", r" weeks or \1", m[0])
+    return "".join(f"{number}, " for number in numbers[:first]) + f"{min(numbers[first:])}-{max(numbers[first:])}"
 
 
 def _second_trimester(m: re.Match) -> str:

@@ -280,12 +280,19 @@ def _excepted(spans: list[Span]) -> bool:
         word(w) for table in (kinds["subject"], kinds["aspect"], kinds["inverse"], *VOCABULARY["quality"].values()) for w in table
     }
     for at, span in enumerate(spans):
-        if "excepts" in span.kinds:
-            ahead = list(itertools.takewhile(lambda s: s.text not in (".", ";", ","), spans[at + 1 :]))
+        ahead = list(itertools.takewhile(lambda s: s.text not in (".", ";", ","), spans[at + 1 :]))
+        if "excepts" in span.kinds or (span.text == "but" and _all_but(spans[:at], ahead)):
             unknown = [s for s in ahead if s.text not in fillers() and s.text[0].isalnum()]
             if 2 * sum(s.text in of_view for s in unknown) <= len(unknown) != 0:
                 return True
     return False
+
+
+def _all_but(before: list[Span], ahead: list[Span]) -> bool:
+    """Whether a "but" excepts a part: "all normal but the stomach", not "all normal but the view is poor"."""
+    words, verbs = VOCABULARY["normal_but"], {"verbs", "predicates", "before", "after"}
+    everything = any(s.text in words["all"] for s in before)
+    return everything and bool(ahead) and ahead[0].text in words["part"] and not any(verbs & s.kinds.keys() for s in ahead)
 
 
 def _ends_phrase(spans: list[Span], span: Span) -> bool:

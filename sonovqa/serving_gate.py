@@ -49,17 +49,22 @@ class Gate:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await refuse(receive, send, *refusal)
+            origin = dict(scope["headers"]).get(b"origin", b"")
+            page = origin if origin.decode("ascii", "replace") in self.origins else None
+            await refuse(receive, send, *refusal, page)
 
 
-async def refuse(receive, send, status: int, message: str) -> None:
+async def refuse(receive, send, status: int, message: str, page: bytes | None = None) -> None:
     """Answer at once, then read what is still being sent and forget it, for at most `PARTING_SECONDS`.
+
+    ``page`` is the ``Origin`` of a web page that may ask: without leave to read it (CORS) its script would not learn why.
 
     A connection closed on bytes that nobody has read is reset, and the client loses the answer (RFC 9112, section 9.6). Reading
     first would ask a client that waits for ``100 Continue`` for all of a body that is not wanted.
     """
     body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "code": status}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+    headers += [(b"access-control-allow-origin", page), (b"vary", b"Origin")] if page else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     try:

@@ -149,3 +149,15 @@ def test_a_web_page_that_was_allowed_may_ask(monkeypatch):
         for origin, status in (("https://app.example", 200), ("https://evil.example", 403), ("http://app.example", 403)):
             assert served.said("/v1/chat/completions", "OPTIONS", Origin=origin, **before)[0] == status
             assert served.said(CANCEL, "POST", Origin=origin, Sec_Fetch_Site="cross-site")[0] == status
+
+
+def test_a_web_page_that_may_ask_can_read_why_it_was_refused(monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "a-key")
+    monkeypatch.setenv(serving_gate.ORIGINS_NAME, "https://app.example")
+    with Served() as served:
+        for origin, leave in (("https://app.example", "https://app.example"), ("https://evil.example", None)):
+            connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+            connection.request("GET", "/tokenize", headers={"Origin": origin})
+            response = connection.getresponse()
+            assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (404, leave)
+            assert "no such path" in response.read().decode() and (response.headers["Vary"] == "Origin") == bool(leave)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from sonovqa import bench_images, bench_records, bench_scores, memory, records
-from sonovqa.bench_cases import ONE_AT_A_TIME, TENSORS, VLLM
+from sonovqa.bench_cases import ENGINES, ONE_AT_A_TIME, TENSORS, VLLM
 from sonovqa.cli import console
 
 
@@ -46,6 +46,11 @@ def note(row: dict) -> str:
     if row["engine"] == VLLM and row["client_cpu"] > 0.8:
         notes.append(f"client busy {row['client_cpu']:.0%}")
     return "; ".join(notes)
+
+
+def ordered(rows: Sequence[dict]) -> list[dict]:
+    """Rows model by model, most bits and the plainest engine first, in whatever order they were measured."""
+    return sorted(rows, key=lambda row: (row["model"], -row["bits"], ENGINES.index(row["engine"]), row["level"]))
 
 
 _WHO: bench_records.Columns = {
@@ -134,10 +139,10 @@ def caption(record: Mapping) -> list[str]:
 
 def markdown(record: Mapping) -> str:
     """All tables with what was asked, of whom and where, as Markdown."""
-    prompts = "; ".join(f"“{prompt}”" for prompt in record["sizes"]["prompts"])
+    prompts, found = "; ".join(f"“{prompt}”" for prompt in record["sizes"]["prompts"]), ordered(record["rows"])
     parts = [f"{title(record['settings'], record['sizes'])}. Prompts: {prompts}."]
-    parts += [f"**Speed.**\n\n{bench_records.markdown(record['rows'], SPEED).strip()}"]
-    parts += [f"**Load time and memory.**\n\n{bench_records.markdown(record['rows'], ROOM).strip()}"]
+    parts += [f"**Speed.**\n\n{bench_records.markdown(found, SPEED).strip()}"]
+    parts += [f"**Load time and memory.**\n\n{bench_records.markdown(found, ROOM).strip()}"]
     if scores := record["scores"]:
         parts += [f"**Scores.**\n\n{bench_records.markdown(scores, bench_scores.OVERALL).strip()}"]
         each = bench_records.markdown(bench_scores.by_question(scores), bench_scores.QUESTIONS)

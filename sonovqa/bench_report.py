@@ -26,9 +26,10 @@ def render(record: Mapping) -> str:
     Args:
         record: a record of `bench answer`, each row and score once, with ``verdicts`` (`bench_answer.finish`).
     """
+    found = bench_answer_table.ordered(record["rows"])
     tables = [
-        ("Speed", *_cells(record["rows"], bench_answer_table.SPEED)),
-        ("Load time and memory", *_cells(record["rows"], bench_answer_table.ROOM)),
+        ("Speed", *_cells(found, bench_answer_table.SPEED)),
+        ("Load time and memory", *_cells(found, bench_answer_table.ROOM)),
     ]
     if scores := record["scores"]:
         tables.insert(0, ("Scores on the same rows", *_cells(scores, bench_scores.OVERALL)))
@@ -43,7 +44,7 @@ def render(record: Mapping) -> str:
 
 def figures(record: Mapping) -> dict[str, str]:
     """SVG by what it shows; rows that failed are in the notes, not in a figure."""
-    rows = [row for row in record["rows"] if row["error"] is None]
+    rows = [row for row in bench_answer_table.ordered(record["rows"]) if row["error"] is None]
     names = [_label(row["model"], row["bits"], f"{row['engine']} {row['level']}") for row in rows]
     timed = [(name, row) for name, row in zip(names, rows, strict=True) if row.get("image_seconds")]
     weighed = [(name, row) for name, row in zip(names, rows, strict=True) if row.get("memory_loaded") is not None]

@@ -229,10 +229,18 @@ def key_of(row: dict) -> tuple:
 
 
 def compared(rows: list[dict]) -> list[dict]:
-    """The rows, those of shared batching with ``ratio`` and ``against``: how many times the QA pairs a second of the fastest
-    other row of the same model, size and pairs a step, and which that is; end to end the peers' rows, where there are any. Of
-    several processes the row of one that differs in nothing else."""
-    return [row | _ratio(row, rows) for row in rows]
+    """The rows in the order of what they measured, however they were measured, those of shared batching with ``ratio`` and
+    ``against``: how many times the QA pairs a second of the fastest other row of the same model, size and pairs a step, and
+    which that is; end to end the peers' rows, where there are any. Of several processes the row of one that differs in nothing
+    else."""
+    return [row | _ratio(row, rows) for row in sorted(rows, key=_place)]
+
+
+def _place(row: dict) -> tuple:
+    """Where a row stands: models and sizes one after the other, what is compared together, the shared image first."""
+    width, height = map(int, row["size"].split("x"))
+    layers = bench_steps.LAYERS.index(row.get("layers", bench_steps.ALL))
+    return row["model"], width * height, row["pairs"], layers, ("shared", "separate", None).index(row.get("batching"))
 
 
 def markdown(record: dict) -> str:

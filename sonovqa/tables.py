@@ -125,6 +125,8 @@ def _body(record: Mapping) -> str:
     commands = "```bash\n" + "\n".join(record["commands"]) + "\n```"
     if record["benchmark"] == "train":
         return f"{commands}\n\n{bench_train.markdown(record).strip()}"
+    if record["benchmark"] == "answer":
+        found = bench_answer_table.ordered(found)
     columns = {"answer": (bench_answer_table.SPEED, bench_answer_table.ROOM), "load": (bench_load.COLUMNS,),
                "plan": (memory_plan.COLUMNS,)}[record["benchmark"]]  # fmt: skip
     return "\n\n".join([commands, *(bench_records.markdown(found, one).strip() for one in columns)])

@@ -74,9 +74,11 @@ def test_numbers_of_a_row_go_together(rows, work):
 
 
 def test_tables_show_the_ratio_beside_the_token_limit(rows, work):
-    made = bench_train.compared(rows[:4])
-    assert made[0]["ratio"] == pytest.approx(rows[0]["pairs_per_second"] / rows[2]["pairs_per_second"], abs=1e-3)
-    assert made[0]["against"] == "separate" and "ratio" not in made[2]
+    made = bench_train.compared(rows[:4][::-1])
+    told = [(row["pairs"], row["batching"]) for row in made]
+    assert told == [(16, "shared"), (16, "separate"), (32, "shared"), (32, "separate")], "what is compared stands together"
+    assert made[0]["ratio"] == pytest.approx(made[0]["pairs_per_second"] / made[1]["pairs_per_second"], abs=1e-3)
+    assert made[0]["against"] == "separate" and "ratio" not in made[1]
     table = bench_train.markdown({"rows": [*rows[:2], rows[2] | {"failed": "out of memory"}]})
     assert f"{rows[0]['token_limit']:.2f}" in table and "out of memory" in table and len(table.splitlines()) == 5
 
@@ -148,7 +150,7 @@ def test_end_to_end_the_peers_train_on_the_same_pairs(base, data, tmp_path):
     shutil.copy(data / "dataset.json", same)
     ways = ("--batching", "shared", "--end-to-end", "--peer-settings", "16 none", "--processes", "1", "2")
     assert bench.main(words(same, base, record, "--pairs", "16", *ways)) == 0
-    ours, two, peers = bench_train.compared(bench_records.rows(record))
+    ours, peers, two = bench_train.compared(bench_records.rows(record))
     assert (two["processes"], two["pairs"], two["against"], "ratio" in ours) == (2, 32, "1 process", True)
     assert two["pairs_per_second"] == pytest.approx(32 / two["median_seconds"], rel=0.01)
     assert two["ratio"] == pytest.approx(two["pairs_per_second"] / ours["pairs_per_second"], abs=0.001)

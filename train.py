@@ -147,8 +147,8 @@ def check(args: argparse.Namespace) -> None:
         problems.append(f"--dropout {args.dropout}; must be below 1")
     if args.full and args.bits in (4, 8):
         problems.append(f"--full with --bits {args.bits}; quantised weights cannot be trained; use --bits 16 with --full")
-    if args.patience and (args.balance != "none" or args.focal):
-        problems.append("--patience with --balance or --focal; validation loss, which is neither, does not tell when to stop; "
+    if args.patience and not training_flags.keeps_best(args):
+        problems.append("--patience with --keep last, --balance or --focal; validation loss does not tell when to stop there; "
                         "leave --patience out")  # fmt: skip
     if args.head == choice.CHOICE and args.task == REPORT_ID:
         problems.append(f"--head choice with --task {REPORT_ID}; a report has no labels; name a closed question, or all of them")

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from sonovqa import devices, files, losses, records, resuming
+from sonovqa import devices, files, losses, records, resuming, training_flags
 from sonovqa.cli import console
 from sonovqa.sampling import Draws, Sequences
 
@@ -32,7 +32,7 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
     Args:
         args: the arguments, all filled in.
         folder: where checkpoints go.
-        validate: whether there is a validation split; its loss chooses the best checkpoint, see `keeps_best`.
+        validate: whether there is a validation split; its loss chooses the best checkpoint, see `training_flags.keeps_best`.
         steps: optimiser steps.
     """
     cuda, dtype = torch.cuda.is_available(), devices.compute_dtype()
@@ -61,8 +61,8 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         save_strategy="no" if args.dry_run else "steps",
         save_steps=args.eval_every,
         restore_callback_states_from_checkpoint=True,
-        load_best_model_at_end=validate and keeps_best(args),
-        metric_for_best_model="eval_loss" if validate and keeps_best(args) else None,
+        load_best_model_at_end=validate and training_flags.keeps_best(args),
+        metric_for_best_model="eval_loss" if validate and training_flags.keeps_best(args) else None,
         dataloader_num_workers=workers,
         remove_unused_columns=False,
         max_length=None,  # else TRL cuts image tokens
@@ -71,15 +71,6 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         ddp_find_unused_parameters=False,
     )
     return devices.one_gpu(config)
-
-
-def keeps_best(args) -> bool:
-    """Whether the checkpoint of the least validation loss is the result: only where that loss is the one trained on.
-
-    The validation split keeps its classes as they are and is never weighted. Judged by it, a model that learns to name a rare
-    class looks worse the better it does so, and the checkpoint kept would be the one before it began (experiments.md, 7).
-    """
-    return args.balance == "none" and not args.focal
 
 
 class SharedImageTrainer(SFTTrainer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sonovqa import choice, weighting
 
+BEST, LAST = "best", "last"
 OPTIMIZERS = ("adamw_8bit", "adamw_torch", "paged_adamw_8bit", "sgd")
 
 
@@ -47,4 +48,18 @@ def add_optimisation(steps) -> None:
     steps.add_argument("--warmup", type=int, default=5, help="steps of linear warm-up")
     steps.add_argument("--optimizer", choices=OPTIMIZERS, help="(unset: adamw_8bit with CUDA, else adamw_torch)")
     steps.add_argument("--weight-decay", type=float, default=0.01, help="decoupled weight decay")
+    steps.add_argument(
+        "--keep", choices=(BEST, LAST), help=f"weights of the least validation loss, or of the last step (unset: {BEST}; with "
+        f"--balance or --focal {LAST})"
+    )  # fmt: skip
     steps.add_argument("--seed", type=int, default=42, help="of data order, LoRA's start and dropout")
+
+
+def keeps_best(args) -> bool:
+    """Whether the checkpoint of the least validation loss is the result: if ``--keep`` does not say, only where that loss is
+    the one trained on.
+
+    The validation split keeps its classes as they are and is never weighted. Judged by it, a model that learns to name a rare
+    class looks worse the better it does so, and the checkpoint kept would be the one before it began (experiments.md, 7).
+    """
+    return args.keep == BEST if args.keep else args.balance == "none" and not args.focal

@@ -24,7 +24,7 @@ from sonovqa.splits import assign
 PAGE = ROOT / "experiments.md"
 #: Everything that experiments.md lets one set, so small that a block takes seconds.
 KNOBS = {
-    "DATA": "data/small", "RARE": "data/small", "MORE": "data/small", "SETS": "data/small", "RAD": "data/closed",
+    "DATA": "data/small", "RARE": "data/small", "MORE": "data/small", "SETS": "data/small data/closed", "RAD": "data/closed",
     "RUNS": "t", "SEEDS": "1",
     "MODELS": "base", "IMAGES": "6", "LIMIT": "2", "SIZES": "2B", "WEIGHTS": "weights", "PROCESSOR": "base", "SIZE_PX": "64x48",
     "TRAIN": "--steps 2 --batch 2 --accumulate 1 --eval-every 2 --no-merge --report-to none",

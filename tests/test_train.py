@@ -80,12 +80,15 @@ def test_balanced_and_focal_runs_say_what_they_weigh(base, data, tmp_path, capsy
     assert entry["step_seconds"] > entry["data_wait_seconds"] > 0
 
 
-@pytest.mark.parametrize(("how", "keeps"), [((), "best"), (("--focal", "2"), "last"), (("--balance", "loss"), "last")])
+KEPT = {"": "best", "--focal 2": "last", "--balance loss": "last", "--keep last": "last", "--focal 2 --keep best": "best"}
+
+
+@pytest.mark.parametrize(("how", "keeps"), KEPT.items())
 def test_validation_loss_chooses_the_checkpoint_only_where_it_is_what_is_trained(base, data, tmp_path, monkeypatch, how, keeps):
     """The validation loss grows; it never holds a balance or focal weight, so a run that learns these keeps its last step."""
     grown = iter(range(1, 9))
     monkeypatch.setattr("sonovqa.losses.weighted_sum", _growing(losses.weighted_sum, grown))
-    made = run(base, data, tmp_path, "kept", "--no-merge", "--task", "Q7", *how, steps=4, eval_every=1)
+    made = run(base, data, tmp_path, "kept", "--no-merge", "--task", "Q7", *how.split(), steps=4, eval_every=1)
     steps = {"best": 1, "last": 4}
     assert made["training"]["kept_step"] == steps[keeps]
     kept = load_file(tmp_path / "kept" / "adapter" / "adapter_model.safetensors")

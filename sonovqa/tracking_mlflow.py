@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -142,9 +144,18 @@ def _experiment(outputs: Path) -> str:
     mlflow.set_tracking_uri(uri)
     if local:  # MLflow has set it: to a run of another folder in this process it would be the user's own
         os.environ.pop("MLFLOW_TRACKING_URI", None)
-    client = mlflow.MlflowClient(uri)
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found:
-        return found.experiment_id
-    place = (outputs / "mlflow").resolve().as_uri() if local else None  # a server knows where its artefacts go
-    return client.create_experiment(EXPERIMENT, artifact_location=place, tags=KIND)
+    with _one_at_a_time(outputs) if local else contextlib.nullcontext():
+        client = mlflow.MlflowClient(uri)
+        found = client.get_experiment_by_name(EXPERIMENT)
+        if found:
+            return found.experiment_id
+        place = (outputs / "mlflow").resolve().as_uri() if local else None  # a server knows where its artefacts go
+        return client.create_experiment(EXPERIMENT, artifact_location=place, tags=KIND)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(outputs: Path) -> Iterator[None]:
+    """Only one process makes the SQLite file: of two that find none and make its tables, one fails."""
+    with open(outputs / "mlflow.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # ends with the file
+        yield

@@ -113,3 +113,13 @@ def test_a_tracker_that_is_not_installed_is_named(monkeypatch, capsys, tmp_path)
         assert tracking.start(name, tmp_path, "r", {}) is None
         assert f"pip install {tracking.INSTALL[name]}" in capsys.readouterr().out
     assert tracking.start("none", tmp_path, "r", {}) is None and not capsys.readouterr().out
+
+
+def test_runs_that_start_together_make_one_database(tmp_path):
+    """Each finds none; SQLite would let only the first of them make its tables."""
+    code = "import pathlib, sys; from sonovqa import tracking_mlflow as t; print(t._experiment(pathlib.Path(sys.argv[1])))"
+    env = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+    words, how = [sys.executable, "-c", code, str(tmp_path)], {"cwd": ROOT, "env": env, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(words, **how) for _ in range(3)]
+    told = [process.communicate(timeout=600)[0].split()[-1:] for process in started]
+    assert told[0] and told == [told[0]] * 3 and not any(process.returncode for process in started)

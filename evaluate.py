@@ -164,7 +164,7 @@ def evaluate(argv: list[str]) -> int:
         unsure = calibration.find(scores, closed, len(told))
     scores |= {
         "speed": asking.speed(out), "wall_seconds": round(time.perf_counter() - started, 3),
-        "data": {"path": str(args.data), "fingerprint": about["fingerprint"], "split": args.split, "images": len(raw)},
+        "data": data_asked(args, about, rows),
     }  # fmt: skip
     below = provenance.beside_base(scores, by_key, base, args.split, args.resamples, args.seed) if base else []
     found = [*findings.find(scores, rows), *provenance.find(args, run, about, raw), *below, *unsure]
@@ -175,6 +175,12 @@ def evaluate(argv: list[str]) -> int:
         most_useful.write(out / "most-useful.csv", ranked)
         most_useful.show(ranked, out / "most-useful.csv", console)
     return status
+
+
+def data_asked(args: argparse.Namespace, about: dict, rows: list[dict]) -> dict:
+    """Which data and how much of it a file of scores is about; ``about`` is dataset.json."""
+    images, groups = (len({row[name] for row in rows}) for name in ("image_id", "group"))
+    return {"path": str(args.data), "fingerprint": about["fingerprint"], "split": args.split, "images": images, "groups": groups}
 
 
 def stamp(args: argparse.Namespace) -> dict:
@@ -271,7 +277,8 @@ def prompts(argv: list[str]) -> int:
         rows[name] = list(asking.ask_all(raw, items, out / name, engine, False, args.max_new_tokens)[0].values())
     baselines = scoring.without_blind(asking.items_of(splits["train"], args.task), [])
     made = consistency.measure(consistency.sides_of(rows), prompt_variants.variants(own), baselines, args.resamples, args.seed)
-    files.write_json(out / "prompts.json", made | {"trained_with": own, **stamp(args)})
+    asked = data_asked(args, about, [row for found in rows.values() for row in found])
+    files.write_json(out / "prompts.json", made | {"trained_with": own, "data": asked, **stamp(args)})
     consistency.show(made, console)
     console.print(f"written: {out}/ prompts.json, a folder a prompt with predictions.jsonl", soft_wrap=True)
     return 0

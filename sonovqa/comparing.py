@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sonovqa import calibration, confidence, files, findings, measures, metrics, predictions, ranking, report_sections
+from sonovqa import calibration, confidence, files, findings, measures, metrics, predictions, ranking, records, report_sections
 from sonovqa.cli import UserError
 from sonovqa.findings import counted
 from sonovqa.metrics import Resamples
@@ -209,5 +209,6 @@ def speeds(runs: Sequence[Path], split: str) -> dict[str, dict]:
 
 
 def write(path: Path, names: Sequence[str], made: Sequence[Mapping]) -> None:
-    """All comparisons with the first as JSON."""
-    files.write_json(path, {"first": names[0], "comparisons": dict(zip(names[1:], made, strict=True))})
+    """All comparisons with the first as JSON, with the commit and the time."""
+    compared = {"first": names[0], "comparisons": dict(zip(names[1:], made, strict=True))}
+    files.write_json(path, compared | records.commit() | {"finished": records.now()})

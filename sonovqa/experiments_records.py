@@ -125,7 +125,7 @@ def comparison_of(made: Mapping) -> dict:
                     span = scores[name]["interval"]
                     about = {"with": Path(second).name, "kind": kind, "score": name, "n": scores[name]["n"]}
                     rows.append(about | kept | {"interval": span and [_round(end) for end in span]})
-    return {"first": Path(made["first"]).name, "differences": rows}
+    return {"first": Path(made["first"]).name, "differences": rows} | _stamp(made)
 
 
 def prompts_of(made: Mapping) -> dict:
@@ -162,7 +162,7 @@ def robustness_of(made: Mapping) -> dict:
 
 
 def _stamp(made: Mapping) -> dict:
-    return {key: made[key] for key in ("commit", "dirty", "finished") if key in made}
+    return {key: made[key] for key in ("data", "commit", "dirty", "finished") if key in made}
 
 
 def _size(record: Mapping) -> int:

@@ -135,6 +135,9 @@ def _body(record: Mapping) -> str:
 def _source(path: str, record: Mapping) -> str:
     """Where a record lies, of what device and date it is, and the command that made it."""
     parts = [f"[{path}](outputs/records/{path})", record.get("weights"), record.get("device", {}).get("name"), record.get("run")]
+    if "prompts" in record and (data := record.get("data")):
+        parts.append(f"{Path(data['path']).name} `{data['fingerprint'][:8]}`, {data['split']}: {data['images']} images of "
+                     f"{data['groups']} groups")  # fmt: skip
     parts += [(record.get("finished") or record.get("updated") or "")[:10]]
     if record.get("commit"):
         parts.append(f"commit {record['commit'][:8]}{' (dirty)' if record.get('dirty') else ''}")
@@ -185,7 +188,8 @@ def _made_beside(command: Command) -> Iterator[tuple[str, dict]]:
     """What a command that trains nothing has left to keep: the record's file name and content."""
     out = Path(command.value("--out", "--record") or "")
     if command.words[:2] == ("evaluate.py", "prompts"):
-        for path in sorted(Path(command.words[2]).glob("eval-*-prompts/prompts.json")):
+        split = command.value("--split") or "test"
+        for path in sorted(Path(command.words[2]).glob(f"eval-{split}*-prompts/prompts.json")):
             yield f"prompts-{Path(command.words[2]).name}.json", experiments_records.prompts_of(files.read_json(path))
     elif out.suffix == ".json" and out.exists():
         record = files.read_json(out)

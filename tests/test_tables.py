@@ -8,6 +8,7 @@ import pytest
 
 from sonovqa import experiments_records, experiments_table, files, tables
 from sonovqa.cli import UserError
+from sonovqa.experiments_blocks import Command
 
 
 def evaluation(value: float, **more) -> dict:
@@ -117,3 +118,18 @@ def test_coherence_stands_beside_what_the_references_hold_themselves():
     about = {"coherent": score | {"references": {"value": 0.6}}, "beyond_references": score | {"value": 0.75}}
     made = experiments_records._coherent(about)
     assert experiments_table._cell([made]) == "0.500; references 0.600, beyond references 0.750"
+
+
+def test_prompt_records_are_of_the_split_that_was_asked_and_say_which(tmp_path, monkeypatch):
+    """Both splits' answers lie in the run's folder; a record of one must not be the other's."""
+    monkeypatch.chdir(tmp_path)
+    for split, value in (("test", 0.9), ("validation", 0.1)):
+        found = {"metrics": {"accuracy": {"value": value, "interval": None, "n": 4}}, "form": None}
+        question = {"headline": "accuracy", "own": "default", "prompts": {"default": found}}
+        data = {"path": "data/d", "fingerprint": "f" * 64, "split": split, "images": 4, "groups": 2}
+        made = {"questions": {"Q7": question}, "trained_with": "default", "arguments": {"run": "r"}, "data": data}
+        files.write_json(tmp_path / "r" / f"eval-{split}-prompts" / "prompts.json", made)
+    for words, split in (((), "test"), (("--split", "validation"), "validation")):
+        ((name, record),) = tables._made_beside(Command(("evaluate.py", "prompts", "r", *words)))
+        assert name == "prompts-r.json" and record["data"]["split"] == split
+        assert f"d `ffffffff`, {split}: 4 images of 2 groups" in tables._source(name, record)

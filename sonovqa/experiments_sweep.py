@@ -16,9 +16,10 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import dataset, experiments_records, files, records, resuming
+from sonovqa import experiments_records, files, records, resuming
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
+from sonovqa.experiments_done import check_same, made_by
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 _TRACKING = threading.Lock()  # MLflow is told by one thread at a time
@@ -77,48 +78,6 @@ class Sweep:
             return False
         read = (Path(word) / name for word in command.words for name in ("run.json", "dataset.json"))
         return all(path.stat().st_mtime <= kept["finished"] for path in read if path.is_file())
-
-
-def made_by(command: Command) -> Path | None:
-    """The record that a training or a preparation writes last."""
-    if command.script == "train.py" and command.run:
-        return command.run / "run.json"
-    out = command.value("--out")
-    return Path(out) / "dataset.json" if command.script == "prepare_dataset.py" and out else None
-
-
-def check_same(command: Command, path: Path) -> bool:
-    """True if the record at ``path`` was made with the command's arguments.
-
-    Raises:
-        UserError: naming those that differ.
-    """
-    given, wrong = files.read_json(path)["arguments"], []
-    for flag in (word for word in command.words if word.startswith("--")):
-        name, _, joined = flag.partition("=")
-        key, value = name[2:].replace("-", "_"), joined or command.value(name)
-        off = key.removeprefix("no_")
-        if key not in given and off in given:
-            wrong += [f"{name} was not given"] if given[off] is True else []
-        elif key != "data" and isinstance(given.get(key), str | int | float) and not isinstance(given[key], bool):
-            before = str(Path(given[key]).name) if key == "model" else str(given[key])
-            now = Path(value).name if key == "model" else value
-            same = before == now or (_number(before) is not None and _number(before) == _number(now))
-            wrong += [] if same else [f"{name} was {given[key]}, not {value}"]
-    if command.script == "train.py":
-        data, kept = Path(command.value("--data") or ""), files.read_json(path).get("data")
-        if (data / "dataset.json").exists() and kept != dataset.about(data)["fingerprint"]:
-            wrong.append(f"--data held other images or answers than {data} does now")
-    if wrong:
-        raise UserError(f"{path.parent} was made by another command; {'; '.join(wrong)}; delete it, or set RUNS or DATA")
-    return True
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 class Processes:

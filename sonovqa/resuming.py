@@ -45,12 +45,17 @@ def start(folder: Path, now: dict) -> None:
     files.write_json(folder / "checkpoints" / STARTED, now)
 
 
+def started(folder: Path) -> dict | None:
+    """The `settings` a run was started with, or ``None`` if it is not known: checkpoints/ was removed, or is not there yet."""
+    path = folder / "checkpoints" / STARTED
+    return files.read_json(path) if path.exists() else None
+
+
 def check_same(folder: Path, now: dict) -> None:
     """Raise `UserError` if a run that has something to go on from was started with other `settings`, naming each flag."""
-    path = folder / "checkpoints" / STARTED
-    if stage(folder) not in ("started", "trained") or not path.exists():
+    before = started(folder)
+    if stage(folder) not in ("started", "trained") or before is None:
         return
-    before = files.read_json(path)
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         told = ", ".join(f"{flag(name)} was {shown(before[name])} and now is {shown(now[name])}" for name in changed)

@@ -8,10 +8,10 @@ import functools
 import importlib.util
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from sonovqa import dataset, families, files, records, resuming, weights
+from sonovqa import answering, comparing, dataset, families, files, provenance, records, resuming, weights
 from sonovqa.cli import UserError
 from sonovqa.experiments_blocks import Command
 
@@ -38,6 +38,43 @@ def check_same(command: Command, path: Path) -> bool:
     if wrong:
         raise UserError(f"{path.parent} was made by another command; {'; '.join(wrong)}; delete it, or set RUNS or DATA")
     return True
+
+
+def has_scores(command: Command) -> bool:
+    """Whether an evaluation's scores.json (of ``evaluate.py prompts`` prompts.json) is there and of the command's arguments:
+    another evaluation of the same run writes into the same folder. ``True`` of other commands.
+    """
+    if command.script != "evaluate.py" or command.words[1] in ("compare", "score"):
+        return True
+    several = command.words[1] == "prompts"
+    try:
+        args = _parsed(command.script, command.words[2 if several else 1 :], several=several)
+        if args.endpoint and args.model is None:  # only the endpoint knows its name, and so the folder
+            return True
+        folder = answering.output_folder(args)
+        prompts = args.prompt if several else args.prompt or provenance.own_prompts(answering.run_of(args))
+    except UserError:  # the command itself says it
+        return False
+    path = (args.out or folder.with_name(f"{folder.name}-prompts")) / "prompts.json" if several else folder / "scores.json"
+    if not path.exists():
+        return False
+    before, now = files.read_json(path)["arguments"], _plain(vars(args) | {"prompt": prompts})
+    return all(before.get(name, value) == value for name, value in now.items())
+
+
+def read_by(command: Command) -> Iterator[Path]:
+    """The records of runs and data sets that a command names; of a comparison also the evaluations that it compares.
+
+    Raises:
+        UserError: if one of these is not there.
+    """
+    yield from (Path(word) / name for word in command.words for name in ("run.json", "dataset.json"))
+    if command.words[:2] == ("evaluate.py", "compare"):
+        options = {at + 1 for at, word in enumerate(command.words) if word.startswith("--") and "=" not in word}
+        for at, word in enumerate(command.words[2:], 2):
+            if at not in options and not word.startswith("--"):
+                folder = comparing.folder_of(Path(word), command.value("--split") or "test")
+                yield from (folder / name for name in ("predictions.jsonl", "confidence.jsonl", "scores.json"))
 
 
 def _unlike_run(command: Command, folder: Path) -> list[str]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from sonovqa import experiments_records, files, records, resuming
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
-from sonovqa.experiments_done import check_same, made_by
+from sonovqa.experiments_done import check_same, has_scores, made_by, read_by
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 _TRACKING = threading.Lock()  # MLflow is told by one thread at a time
@@ -65,7 +65,7 @@ class Sweep:
         """Whether a command need not run again.
 
         A training or data set is done where its record is; everything else where an earlier call of this experiment finished
-        it after all that it reads.
+        it after all that it reads was written, and what it wrote is there, of its own arguments, and nobody else's since.
 
         Raises:
             UserError: if what stands in its place was made by other arguments.
@@ -74,10 +74,15 @@ class Sweep:
         if made is not None:
             return made.exists() and check_same(command, made)
         kept = self.state["commands"].get(command.text, {})
-        if kept.get("status") != DONE or not all(Path(p).exists() for p in command.makes() if not p.endswith("/eval")):
+        written = [Path(name) for name in command.makes() if not name.endswith("/eval")]  # has_scores knows that folder
+        if kept.get("status") != DONE or not all(path.exists() for path in written) or not has_scores(command):
             return False
-        read = (Path(word) / name for word in command.words for name in ("run.json", "dataset.json"))
-        return all(path.stat().st_mtime <= kept["finished"] for path in read if path.is_file())
+        out = Path(command.value("--out") or "")  # a --record is written by several commands
+        try:
+            files_of = [*read_by(command), out]
+        except UserError:  # an evaluation is gone; the command itself says which
+            return False
+        return all(path.stat().st_mtime <= kept["finished"] for path in files_of if path.is_file())
 
 
 class Processes:

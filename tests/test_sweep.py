@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +14,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sonovqa import experiments, experiments_blocks, files, tracking, tracking_mlflow
+import evaluate
+from sonovqa import answering, experiments, experiments_blocks, files, tracking, tracking_mlflow
 from sonovqa.cli import UserError
 from sonovqa.experiments_sweep import DONE, FAILED, SKIPPED
 
 BLOCK = """
 for RUN in a b; do
   python train.py --data data/x --model tiny --run $RUN --seed ${SEED:-1} --no-mlp --report-to none
-  python evaluate.py outputs/$RUN --data data/x --adapter
+  python evaluate.py outputs/$RUN --data data/x ${EVAL:---adapter}
 done
 python evaluate.py compare outputs/a outputs/b --out outputs/a-b.json
 """
@@ -38,7 +40,8 @@ time.sleep(60)
 
 
 class Fake:
-    """Stands in for the scripts: a training leaves run.json, a comparison its file; ``failing`` texts fail."""
+    """Stands in for the scripts: a training leaves run.json and an adapter, an evaluation answers and scores, a comparison its
+    file; ``failing`` texts fail."""
 
     def __init__(self, *failing: str):
         self.failing, self.called = failing, []
@@ -50,9 +53,22 @@ class Fake:
         if command.run:
             given = {"model": "tiny", "run": command.run.name, "seed": 1, "mlp": False, "data": "data/x"}
             files.write_json(command.run / "run.json", {"arguments": given})
+            (command.run / "adapter").mkdir(exist_ok=True)
+        elif command.evaluated:
+            leave_scores(command)
         elif command.value("--out"):
             files.write_json(Path(command.value("--out")), {})
         return 0
+
+
+def leave_scores(command) -> None:
+    """What evaluate.py leaves of an evaluation."""
+    args = evaluate.parse(list(command.words[1:]))
+    folder = answering.output_folder(args)
+    scores = {"overall": {"metrics": {"accuracy": {"value": 0.5}}}, "questions": {}}
+    args.prompt = args.prompt or "default"
+    files.write_json(folder / "scores.json", scores | evaluate.stamp(args))
+    files.write_text(folder / "predictions.jsonl", "")
 
 
 @pytest.fixture
@@ -93,6 +109,54 @@ def test_a_run_trained_anew_is_evaluated_and_compared_anew(commands):
     again = Fake()
     experiments.perform("x", commands, again)
     assert again.called == [one.text for one in commands[2:]]
+
+
+def test_an_evaluation_whose_scores_are_gone_is_made_again_and_compared_again(commands):
+    experiments.perform("x", commands, Fake())
+    shutil.rmtree("outputs/a/eval-test-adapter")
+    again = Fake()
+    assert statuses(experiments.perform("x", commands, again)) == [DONE] * 5
+    assert again.called == [commands[1].text, commands[4].text]
+
+
+@pytest.mark.parametrize("other", ["--adapter --max-images 50", "--adapter --prompts simple", "--adapter --resamples 5"])
+def test_scores_of_other_flags_in_the_same_folder_are_not_taken_for_ones_own(commands, monkeypatch, other):
+    """Neither by the evaluation with these flags nor, afterwards, by the one without; each time what follows is compared anew."""
+    experiments.perform("x", commands, Fake())
+    monkeypatch.setenv("EVAL", other)
+    for now in (experiments_blocks.unrolled(BLOCK), commands):
+        fake = Fake()
+        experiments.perform("x", now, fake)
+        assert fake.called == [now[at].text for at in (1, 3, 4)]
+    last = Fake()
+    assert statuses(experiments.perform("x", commands, last)) == [DONE] * 5 and not last.called
+
+
+def test_prompts_and_robustness_of_other_flags_are_measured_anew(commands):
+    """Their files lie in the same place whatever the flags: prompts.json says which, the other has the time it was written."""
+    experiments.perform("x", commands, Fake())
+    texts = [
+        "evaluate.py prompts outputs/a --data data/x --adapter",
+        "-m sonovqa.robustness outputs/a --data data/x --out r.json",
+    ]
+    long = [experiments_blocks.Command(tuple(text.split())) for text in texts]
+    short = [experiments_blocks.Command((*one.words, flag, "5")) for one, flag in zip(long, ("--max-images", "--limit"))]
+
+    def call(command, environment) -> int:
+        called.append(command)
+        if command.script == "evaluate.py":
+            args = evaluate.parse(list(command.words[2:]), several=True)
+            files.write_json(Path("outputs/a/eval-test-adapter-prompts/prompts.json"), evaluate.stamp(args))
+        else:
+            files.write_json(Path("r.json"), {})
+        return 0
+
+    for now in (long, short, long):
+        called = []
+        experiments.perform("x", now, call)
+        assert called == now
+        experiments.perform("x", now, call)
+        assert called == now, "nothing twice"
 
 
 def test_a_failed_command_stops_only_what_needs_it_and_is_tried_again(commands):

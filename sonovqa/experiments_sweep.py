@@ -5,13 +5,14 @@ A command waits for those before it whose results it names; so order and `jobs` 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,21 @@ from sonovqa.experiments_done import check_same, has_scores, made_by, read_by
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 _TRACKING = threading.Lock()  # MLflow is told by one thread at a time
 STYLES = {DONE: "green", FAILED: "red", SKIPPED: "yellow"}
+
+
+#: Becomes the command that stands behind the sweep's process number, and gets Ctrl-C's signal should the sweep die without a word
+#: (SIGKILL, want of memory). That is asked for by a process of its own, after its start and before the command's: `preexec_fn`
+#: may not be used beside threads. A shell's `&` has Ctrl-C ignored, which the command would inherit: it is to end by it.
+_BECOME = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, int(signal.SIGINT), 0, 0, 0)  # PR_SET_PDEATHSIG, which outlives execv
+if os.getppid() != int(sys.argv[1]):  # it died before
+    sys.exit(130)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass
@@ -86,7 +102,8 @@ class Sweep:
 
 
 class Processes:
-    """Runs commands with this Python, each in a session of its own, so that Ctrl-C reaches it once and it can end in order.
+    """Runs commands with this Python, each in a session of its own, so that Ctrl-C reaches it once and it can end in order. It
+    also gets it where this process dies.
 
     Args:
         logs: folder for what commands print, a file each; ``None``: the terminal.
@@ -109,7 +126,8 @@ class Processes:
             with self._lock:
                 if self.interrupted:
                     return 130
-                child = subprocess.Popen([sys.executable, *command.words], env=given, start_new_session=True, **printed)
+                words = (sys.executable, "-ISc", _BECOME, str(os.getpid()), sys.executable, *command.words)
+                child = subprocess.Popen(words, env=given, start_new_session=True, **printed)
                 self._children.add(child)
             status = child.wait()
         self._children.discard(child)
@@ -128,6 +146,23 @@ class Processes:
             self.interrupted = True
         for child in list(self._children):
             child.send_signal(number)
+
+
+@contextlib.contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM (`kill`, a service or batch system) and SIGHUP (a terminal or connection that closed) do what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # no signal is handled here
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}  # `nohup` goes on
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -179,7 +214,7 @@ def run_all(work: Sequence[tuple[Sweep, Command]], jobs: int = 1) -> list[Outcom
                     if outcome is not None:
                         outcomes[place.number] = _told(outcome, place, jobs)
         except BaseException:
-            for call in {id(place.sweep.call): place.sweep.call for place in running.values()}.values():
+            for call in {id(sweep.call): sweep.call for sweep, _ in work}.values():  # a command may have begun this very moment
                 if isinstance(call, Processes):
                     call.end()
             raise

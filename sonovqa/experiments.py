@@ -71,7 +71,8 @@ def perform_all(blocks: Mapping[str, Sequence[Command]], call=None, jobs: int = 
     for name, sweep in sweeps.items():
         trains = any(command.run and command.value("--report-to") in (None, tracking.MLFLOW) for command in blocks[name])
         if trains and name != experiments_blocks.DATA:
-            sweep.state["parent"] = tracking_mlflow.open_parent(OUTPUTS, f"experiment {name}", sweep.state["parent"])
+            known = (OUTPUTS, f"experiment {name}", sweep.state["parent"])
+            sweep.state["parent"] = tracking.attempt(known[1], tracking_mlflow.open_parent, *known)
             files.write_json(sweep.path, sweep.state)
     ended: dict[str, list[Outcome]] = {}
     try:
@@ -81,7 +82,8 @@ def perform_all(blocks: Mapping[str, Sequence[Command]], call=None, jobs: int = 
     finally:
         for name, sweep in sweeps.items():
             if sweep.state["parent"]:
-                tracking_mlflow.close_parent(OUTPUTS, sweep.state["parent"], _status(ended.get(name)))
+                known = (OUTPUTS, sweep.state["parent"], _status(ended.get(name)))
+                tracking.attempt(f"the end of experiment {name}", tracking_mlflow.close_parent, *known)
     for found in ended.values():
         show(found)
     return ended

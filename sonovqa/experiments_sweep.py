@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import experiments_records, files, records, resuming
+from sonovqa import experiments_records, files, records, resuming, tracking
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
 from sonovqa.experiments_done import check_same, has_scores, made_by, read_by
@@ -268,5 +268,5 @@ def run_one(sweep: Sweep, command: Command) -> Outcome | None:
     sweep.note(command, status=DONE, seconds=took, finished=time.time())
     if command.evaluated:
         with _TRACKING:
-            experiments_records.track(command.evaluated)
+            tracking.attempt(f"the scores of {command.evaluated}", experiments_records.track, command.evaluated)
     return Outcome(command, DONE, seconds=took)

@@ -183,6 +183,28 @@ def test_a_run_of_other_arguments_is_never_taken_for_ones_own(commands, monkeypa
     assert "--no-mlp was not given" in experiments.perform("x", commands, Fake())[0].why
 
 
+def away(*_):
+    raise ConnectionError("no route to\nhttps://somebody:secret@mlflow.example")
+
+
+def test_a_tracker_that_is_away_costs_a_line_and_no_command(commands, monkeypatch, capsys):
+    """After an evaluation, and where the experiment's own MLflow run is opened and closed."""
+    monkeypatch.setattr(tracking, "attach", away)
+    assert statuses(experiments.perform("x", commands, Fake())) == [DONE] * 5
+    told = "no tracker was told of the scores of outputs/a: ConnectionError: no route to https://mlflow.example\n"
+    assert told in capsys.readouterr().out
+    again = Fake()
+    assert statuses(experiments.perform("x", commands, again)) == [DONE] * 5 and not again.called
+    tracked = experiments_blocks.unrolled(BLOCK.replace(" --report-to none", ""))
+    monkeypatch.setattr(tracking_mlflow, "open_parent", away)
+    assert statuses(experiments.perform("y", tracked, Fake())) == [DONE] * 5
+    assert "told of experiment y: ConnectionError" in capsys.readouterr().out
+    monkeypatch.setattr(tracking_mlflow, "open_parent", lambda *_: "7")
+    monkeypatch.setattr(tracking_mlflow, "close_parent", away)
+    assert statuses(experiments.perform("y", tracked, Fake())) == [DONE] * 5
+    assert "told of the end of experiment y: ConnectionError" in capsys.readouterr().out
+
+
 def test_an_unfinished_run_is_resumed(commands):
     files.write_json(Path("outputs/a/plan.json"), {})
     fake = Fake()

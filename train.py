@@ -173,6 +173,7 @@ def name_run(args: argparse.Namespace) -> Path:
     folder = (args.outputs / args.run).resolve()
     if args.dry_run:
         return folder
+    resuming.hold(folder)
     stage = resuming.stage(folder)
     if stage == "finished" and not args.resume:
         raise UserError(

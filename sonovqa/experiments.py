@@ -27,7 +27,7 @@ from rich.table import Table
 from sonovqa import cli, experiments_blocks, files, records, tracking, tracking_mlflow
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
-from sonovqa.experiments_sweep import DONE, STYLES, Outcome, Processes, Sweep, run_all
+from sonovqa.experiments_sweep import DONE, STYLES, Outcome, Processes, Sweep, ended_as_by_ctrl_c, run_all
 
 OUTPUTS = Path("outputs")
 
@@ -63,7 +63,7 @@ def perform_all(blocks: Mapping[str, Sequence[Command]], call=None, jobs: int = 
         jobs: commands at once; with more than one each prints into a file of its own and gets its share of the cores.
 
     Raises:
-        KeyboardInterrupt: if it was stopped; the same call goes on.
+        KeyboardInterrupt: if it was stopped, by Ctrl-C, SIGTERM or SIGHUP; the same call goes on.
     """
     logs, threads = (OUTPUTS / "experiments" / "logs", max(1, len(os.sched_getaffinity(0)) // jobs)) if jobs > 1 else (None, None)
     call = call or Processes(logs, threads)
@@ -71,16 +71,19 @@ def perform_all(blocks: Mapping[str, Sequence[Command]], call=None, jobs: int = 
     for name, sweep in sweeps.items():
         trains = any(command.run and command.value("--report-to") in (None, tracking.MLFLOW) for command in blocks[name])
         if trains and name != experiments_blocks.DATA:
-            sweep.state["parent"] = tracking_mlflow.open_parent(OUTPUTS, f"experiment {name}", sweep.state["parent"])
+            known = (OUTPUTS, f"experiment {name}", sweep.state["parent"])
+            sweep.state["parent"] = tracking.attempt(known[1], tracking_mlflow.open_parent, *known)
             files.write_json(sweep.path, sweep.state)
     ended: dict[str, list[Outcome]] = {}
     try:
-        outcomes = iter(run_all([(sweeps[name], command) for name in blocks for command in blocks[name]], jobs))
+        with ended_as_by_ctrl_c():
+            outcomes = iter(run_all([(sweeps[name], command) for name in blocks for command in blocks[name]], jobs))
         ended = {name: [next(outcomes) for _ in commands] for name, commands in blocks.items()}
     finally:
         for name, sweep in sweeps.items():
             if sweep.state["parent"]:
-                tracking_mlflow.close_parent(OUTPUTS, sweep.state["parent"], _status(ended.get(name)))
+                known = (OUTPUTS, sweep.state["parent"], _status(ended.get(name)))
+                tracking.attempt(f"the end of experiment {name}", tracking_mlflow.close_parent, *known)
     for found in ended.values():
         show(found)
     return ended

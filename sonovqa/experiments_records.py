@@ -12,7 +12,7 @@ from sonovqa.cli import UserError
 LARGEST = 20_000  # bytes of a committed record
 CURVE_POINTS = 20  # of a training curve; with scores beside it half as many
 BESIDE = ("majority", "blind", "base", "references", "beyond references")  # what a score stands beside
-LEFT_OUT = ("check_items", "live")  # only the machine that ran it needs them
+LEFT_OUT = ("check_items", "live", "started_with")  # only the machine that ran it needs them
 #: Scores kept of an evaluated question beside its headline, and of its label probabilities.
 SCORES = ("accuracy", "sensitivity", "specificity", "F1", "complete", "coherent")
 RANKED = ("AUROC", "average precision", "sensitivity at specificity 0.90", "sensitivity at specificity 0.95")

@@ -5,24 +5,41 @@ A command waits for those before it whose results it names; so order and `jobs` 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import dataset, experiments_records, files, records, resuming
+from sonovqa import experiments_records, files, records, resuming, tracking
 from sonovqa.cli import UserError, console
 from sonovqa.experiments_blocks import Command
+from sonovqa.experiments_done import check_same, has_scores, made_by, read_by
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 _TRACKING = threading.Lock()  # MLflow is told by one thread at a time
 STYLES = {DONE: "green", FAILED: "red", SKIPPED: "yellow"}
+
+
+#: Becomes the command that stands behind the sweep's process number, and gets Ctrl-C's signal should the sweep die without a word
+#: (SIGKILL, want of memory). That is asked for by a process of its own, after its start and before the command's: `preexec_fn`
+#: may not be used beside threads. A shell's `&` has Ctrl-C ignored, which the command would inherit: it is to end by it.
+_BECOME = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, int(signal.SIGINT), 0, 0, 0)  # PR_SET_PDEATHSIG, which outlives execv
+if os.getppid() != int(sys.argv[1]):  # it died before
+    sys.exit(130)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass
@@ -64,7 +81,7 @@ class Sweep:
         """Whether a command need not run again.
 
         A training or data set is done where its record is; everything else where an earlier call of this experiment finished
-        it after all that it reads.
+        it after all that it reads was written, and what it wrote is there, of its own arguments, and nobody else's since.
 
         Raises:
             UserError: if what stands in its place was made by other arguments.
@@ -73,56 +90,20 @@ class Sweep:
         if made is not None:
             return made.exists() and check_same(command, made)
         kept = self.state["commands"].get(command.text, {})
-        if kept.get("status") != DONE or not all(Path(p).exists() for p in command.makes() if not p.endswith("/eval")):
+        written = [Path(name) for name in command.makes() if not name.endswith("/eval")]  # has_scores knows that folder
+        if kept.get("status") != DONE or not all(path.exists() for path in written) or not has_scores(command):
             return False
-        read = (Path(word) / name for word in command.words for name in ("run.json", "dataset.json"))
-        return all(path.stat().st_mtime <= kept["finished"] for path in read if path.is_file())
-
-
-def made_by(command: Command) -> Path | None:
-    """The record that a training or a preparation writes last."""
-    if command.script == "train.py" and command.run:
-        return command.run / "run.json"
-    out = command.value("--out")
-    return Path(out) / "dataset.json" if command.script == "prepare_dataset.py" and out else None
-
-
-def check_same(command: Command, path: Path) -> bool:
-    """True if the record at ``path`` was made with the command's arguments.
-
-    Raises:
-        UserError: naming those that differ.
-    """
-    given, wrong = files.read_json(path)["arguments"], []
-    for flag in (word for word in command.words if word.startswith("--")):
-        name, _, joined = flag.partition("=")
-        key, value = name[2:].replace("-", "_"), joined or command.value(name)
-        off = key.removeprefix("no_")
-        if key not in given and off in given:
-            wrong += [f"{name} was not given"] if given[off] is True else []
-        elif key != "data" and isinstance(given.get(key), str | int | float) and not isinstance(given[key], bool):
-            before = str(Path(given[key]).name) if key == "model" else str(given[key])
-            now = Path(value).name if key == "model" else value
-            same = before == now or (_number(before) is not None and _number(before) == _number(now))
-            wrong += [] if same else [f"{name} was {given[key]}, not {value}"]
-    if command.script == "train.py":
-        data, kept = Path(command.value("--data") or ""), files.read_json(path).get("data")
-        if (data / "dataset.json").exists() and kept != dataset.about(data)["fingerprint"]:
-            wrong.append(f"--data held other images or answers than {data} does now")
-    if wrong:
-        raise UserError(f"{path.parent} was made by another command; {'; '.join(wrong)}; delete it, or set RUNS or DATA")
-    return True
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+        out = Path(command.value("--out") or "")  # a --record is written by several commands
+        try:
+            files_of = [*read_by(command), out]
+        except UserError:  # an evaluation is gone; the command itself says which
+            return False
+        return all(path.stat().st_mtime <= kept["finished"] for path in files_of if path.is_file())
 
 
 class Processes:
-    """Runs commands with this Python, each in a session of its own, so that Ctrl-C reaches it once and it can end in order.
+    """Runs commands with this Python, each in a session of its own, so that Ctrl-C reaches it once and it can end in order. It
+    also gets it where this process dies.
 
     Args:
         logs: folder for what commands print, a file each; ``None``: the terminal.
@@ -145,7 +126,8 @@ class Processes:
             with self._lock:
                 if self.interrupted:
                     return 130
-                child = subprocess.Popen([sys.executable, *command.words], env=given, start_new_session=True, **printed)
+                words = (sys.executable, "-ISc", _BECOME, str(os.getpid()), sys.executable, *command.words)
+                child = subprocess.Popen(words, env=given, start_new_session=True, **printed)
                 self._children.add(child)
             status = child.wait()
         self._children.discard(child)
@@ -164,6 +146,23 @@ class Processes:
             self.interrupted = True
         for child in list(self._children):
             child.send_signal(number)
+
+
+@contextlib.contextmanager
+def ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM (`kill`, a service or batch system) and SIGHUP (a terminal or connection that closed) do what Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # no signal is handled here
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}  # `nohup` goes on
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -215,7 +214,7 @@ def run_all(work: Sequence[tuple[Sweep, Command]], jobs: int = 1) -> list[Outcom
                     if outcome is not None:
                         outcomes[place.number] = _told(outcome, place, jobs)
         except BaseException:
-            for call in {id(place.sweep.call): place.sweep.call for place in running.values()}.values():
+            for call in {id(sweep.call): sweep.call for sweep, _ in work}.values():  # a command may have begun this very moment
                 if isinstance(call, Processes):
                     call.end()
             raise
@@ -269,5 +268,5 @@ def run_one(sweep: Sweep, command: Command) -> Outcome | None:
     sweep.note(command, status=DONE, seconds=took, finished=time.time())
     if command.evaluated:
         with _TRACKING:
-            experiments_records.track(command.evaluated)
+            tracking.attempt(f"the scores of {command.evaluated}", experiments_records.track, command.evaluated)
     return Outcome(command, DONE, seconds=took)

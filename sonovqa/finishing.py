@@ -31,6 +31,7 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
         "run": args.run,
         "finished": records.now(),
         "arguments": json.loads(json.dumps(vars(args), default=str)) | {"data": str(args.data.resolve())},
+        "started_with": resuming.started(args.outputs / args.run),  # before unset arguments were filled in from the data
         "base": base,
         "base_revision": getattr(trainer.model.config, "_commit_hash", None),
         "backend": loaded.backend,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -15,6 +16,7 @@ from sonovqa.cli import UserError
 
 WHOLE = "checkpoint_is_whole.json"  # written last into a checkpoint: its files and their sizes
 STARTED = "started.json"  # in checkpoints/: what the run was started with
+HELD = "process"  # in checkpoints/: the number of the process that trains the run, which has the file locked
 
 #: Arguments that change neither weights nor losses; every other one must stay as it was.
 FREE = frozenset({"data", "run", "outputs", "workers", "log_every", "report_to", "resume", "merge", "dry_run", "checkpointing",
@@ -41,16 +43,53 @@ def settings(args: argparse.Namespace) -> dict:
 
 
 def start(folder: Path, now: dict) -> None:
-    """Write down the `settings` a run is started with; before its first step."""
+    """Write down the `settings` a run is started with; before its first step. Raises `UserError` as `hold` does."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / HELD).touch()
+    hold(folder)
     files.write_json(folder / "checkpoints" / STARTED, now)
+
+
+def hold(folder: Path) -> None:
+    """Let no other process train a run that was started, for as long as this one lives. Of torchrun's the first one holds it.
+
+    A POSIX record lock, unlike others of the project, for it is the process's own: data workers do not inherit it, and who has it
+    gets it again. Closing the file in any place would give it back, so that it is never closed.
+
+    Raises:
+        UserError: if another process holds it.
+
+    Source: fcntl(2), "Advisory record locking".
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    try:
+        opened = os.open(folder / "checkpoints" / HELD, os.O_RDWR)
+    except OSError:  # nothing was started here, or nothing can be written
+        return
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        other = os.read(opened, 20).decode(errors="replace").strip()
+        os.close(opened)
+        told = f"{folder} is being trained by process {other}; one at a time is allowed"
+        raise UserError(f"--run; {told}; wait until it has ended, or end it: kill -INT {other}") from None
+    except OSError:  # a file system without locks
+        return
+    os.pwrite(opened, f"{os.getpid():<20}".encode(), 0)
+
+
+def started(folder: Path) -> dict | None:
+    """The `settings` a run was started with, or ``None`` if it is not known: checkpoints/ was removed, or is not there yet."""
+    path = folder / "checkpoints" / STARTED
+    return files.read_json(path) if path.exists() else None
 
 
 def check_same(folder: Path, now: dict) -> None:
     """Raise `UserError` if a run that has something to go on from was started with other `settings`, naming each flag."""
-    path = folder / "checkpoints" / STARTED
-    if stage(folder) not in ("started", "trained") or not path.exists():
+    before = started(folder)
+    if stage(folder) not in ("started", "trained") or before is None:
         return
-    before = files.read_json(path)
     changed = [name for name in now if before.get(name, now[name]) != now[name]]
     if changed:
         told = ", ".join(f"{flag(name)} was {shown(before[name])} and now is {shown(now[name])}" for name in changed)

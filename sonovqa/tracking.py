@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -83,6 +84,24 @@ def attach(run: Path, artefacts: list[Path], images: list[Path], scores: Mapping
             console.print(f"the scores of {run} were not sent: {'; '.join(lacking)}", soft_wrap=True)
         else:
             WandB.attach(run, artefacts, scores)
+
+
+def attempt(what: str, function: Callable, *arguments):
+    """Call what tells a tracker of a sweep; where it fails, one line says so, and everything is in files all the same.
+
+    Args:
+        what: is told, such as ``the scores of outputs/a``.
+        function, arguments: the call.
+
+    Returns:
+        What the call does, ``None`` if it failed.
+    """
+    try:
+        return function(*arguments)
+    except Exception as fault:  # every tracker, server and database has faults of its own, and none is worth a sweep
+        told = re.sub(r"//[^/@\s]*@", "//", " ".join(str(fault).split()))[:300]  # without a password in an address
+        console.print(f"no tracker was told of {what}: {type(fault).__name__}: {told}", markup=False, soft_wrap=True)
+        return None
 
 
 class TensorBoard:

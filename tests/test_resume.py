@@ -161,6 +161,38 @@ def test_another_command_does_not_go_on(interrupted, base, data, tmp_path):
         train.main(command)
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from sonovqa import resuming
+resuming.start(Path(sys.argv[1]), {})
+print("holds", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(base, data, tmp_path, monkeypatch):
+    run, command = tmp_path / "run", words(base, data, tmp_path, "run")
+    resuming.hold(run)
+    assert not run.exists(), "asking leaves nothing behind"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run)], cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "holds\n"
+        for more in ((), ("--resume",)):
+            with pytest.raises(UserError, match=f"is being trained by process {other.pid}; .*; wait .* kill -INT {other.pid}$"):
+                train.main([*command, *more])
+        with pytest.raises(UserError, match="is being trained by"):
+            resuming.start(run, {"another": "start"})
+        assert resuming.started(run) == {}
+        monkeypatch.setenv("RANK", "1")
+        resuming.hold(run)  # of torchrun's processes the first one has it
+        monkeypatch.delenv("RANK")
+        other.kill()
+    resuming.start(run, {})
+    resuming.hold(run)  # it is this process's own now
+    assert (run / "checkpoints" / resuming.HELD).read_text().strip() == str(os.getpid())
+
+
 def test_a_moved_run_goes_on_and_is_not_done_twice(interrupted, base, data, undisturbed, tmp_path, capsys):
     """Fewer log lines, no tracker and another place do not change a run."""
     shutil.move(tmp_path / "run", tmp_path / "elsewhere" / "run")

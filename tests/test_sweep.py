@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,14 +15,15 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from sonovqa import experiments, experiments_blocks, files, tracking, tracking_mlflow
+import evaluate
+from sonovqa import answering, experiments, experiments_blocks, experiments_sweep, files, tracking, tracking_mlflow
 from sonovqa.cli import UserError
 from sonovqa.experiments_sweep import DONE, FAILED, SKIPPED
 
 BLOCK = """
 for RUN in a b; do
   python train.py --data data/x --model tiny --run $RUN --seed ${SEED:-1} --no-mlp --report-to none
-  python evaluate.py outputs/$RUN --data data/x --adapter
+  python evaluate.py outputs/$RUN --data data/x ${EVAL:---adapter}
 done
 python evaluate.py compare outputs/a outputs/b --out outputs/a-b.json
 """
@@ -38,7 +41,8 @@ time.sleep(60)
 
 
 class Fake:
-    """Stands in for the scripts: a training leaves run.json, a comparison its file; ``failing`` texts fail."""
+    """Stands in for the scripts: a training leaves run.json and an adapter, an evaluation answers and scores, a comparison its
+    file; ``failing`` texts fail."""
 
     def __init__(self, *failing: str):
         self.failing, self.called = failing, []
@@ -50,9 +54,22 @@ class Fake:
         if command.run:
             given = {"model": "tiny", "run": command.run.name, "seed": 1, "mlp": False, "data": "data/x"}
             files.write_json(command.run / "run.json", {"arguments": given})
+            (command.run / "adapter").mkdir(exist_ok=True)
+        elif command.evaluated:
+            leave_scores(command)
         elif command.value("--out"):
             files.write_json(Path(command.value("--out")), {})
         return 0
+
+
+def leave_scores(command) -> None:
+    """What evaluate.py leaves of an evaluation."""
+    args = evaluate.parse(list(command.words[1:]))
+    folder = answering.output_folder(args)
+    scores = {"overall": {"metrics": {"accuracy": {"value": 0.5}}}, "questions": {}}
+    args.prompt = args.prompt or "default"
+    files.write_json(folder / "scores.json", scores | evaluate.stamp(args))
+    files.write_text(folder / "predictions.jsonl", "")
 
 
 @pytest.fixture
@@ -95,6 +112,54 @@ def test_a_run_trained_anew_is_evaluated_and_compared_anew(commands):
     assert again.called == [one.text for one in commands[2:]]
 
 
+def test_an_evaluation_whose_scores_are_gone_is_made_again_and_compared_again(commands):
+    experiments.perform("x", commands, Fake())
+    shutil.rmtree("outputs/a/eval-test-adapter")
+    again = Fake()
+    assert statuses(experiments.perform("x", commands, again)) == [DONE] * 5
+    assert again.called == [commands[1].text, commands[4].text]
+
+
+@pytest.mark.parametrize("other", ["--adapter --max-images 50", "--adapter --prompts simple", "--adapter --resamples 5"])
+def test_scores_of_other_flags_in_the_same_folder_are_not_taken_for_ones_own(commands, monkeypatch, other):
+    """Neither by the evaluation with these flags nor, afterwards, by the one without; each time what follows is compared anew."""
+    experiments.perform("x", commands, Fake())
+    monkeypatch.setenv("EVAL", other)
+    for now in (experiments_blocks.unrolled(BLOCK), commands):
+        fake = Fake()
+        experiments.perform("x", now, fake)
+        assert fake.called == [now[at].text for at in (1, 3, 4)]
+    last = Fake()
+    assert statuses(experiments.perform("x", commands, last)) == [DONE] * 5 and not last.called
+
+
+def test_prompts_and_robustness_of_other_flags_are_measured_anew(commands):
+    """Their files lie in the same place whatever the flags: prompts.json says which, the other has the time it was written."""
+    experiments.perform("x", commands, Fake())
+    texts = [
+        "evaluate.py prompts outputs/a --data data/x --adapter",
+        "-m sonovqa.robustness outputs/a --data data/x --out r.json",
+    ]
+    long = [experiments_blocks.Command(tuple(text.split())) for text in texts]
+    short = [experiments_blocks.Command((*one.words, flag, "5")) for one, flag in zip(long, ("--max-images", "--limit"))]
+
+    def call(command, environment) -> int:
+        called.append(command)
+        if command.script == "evaluate.py":
+            args = evaluate.parse(list(command.words[2:]), several=True)
+            files.write_json(Path("outputs/a/eval-test-adapter-prompts/prompts.json"), evaluate.stamp(args))
+        else:
+            files.write_json(Path("r.json"), {})
+        return 0
+
+    for now in (long, short, long):
+        called = []
+        experiments.perform("x", now, call)
+        assert called == now
+        experiments.perform("x", now, call)
+        assert called == now, "nothing twice"
+
+
 def test_a_failed_command_stops_only_what_needs_it_and_is_tried_again(commands):
     outcomes = experiments.perform("x", commands, Fake("--run a"))
     assert statuses(outcomes) == [FAILED, SKIPPED, DONE, DONE, SKIPPED]
@@ -118,6 +183,28 @@ def test_a_run_of_other_arguments_is_never_taken_for_ones_own(commands, monkeypa
     assert "--no-mlp was not given" in experiments.perform("x", commands, Fake())[0].why
 
 
+def away(*_):
+    raise ConnectionError("no route to\nhttps://somebody:secret@mlflow.example")
+
+
+def test_a_tracker_that_is_away_costs_a_line_and_no_command(commands, monkeypatch, capsys):
+    """After an evaluation, and where the experiment's own MLflow run is opened and closed."""
+    monkeypatch.setattr(tracking, "attach", away)
+    assert statuses(experiments.perform("x", commands, Fake())) == [DONE] * 5
+    told = "no tracker was told of the scores of outputs/a: ConnectionError: no route to https://mlflow.example\n"
+    assert told in capsys.readouterr().out
+    again = Fake()
+    assert statuses(experiments.perform("x", commands, again)) == [DONE] * 5 and not again.called
+    tracked = experiments_blocks.unrolled(BLOCK.replace(" --report-to none", ""))
+    monkeypatch.setattr(tracking_mlflow, "open_parent", away)
+    assert statuses(experiments.perform("y", tracked, Fake())) == [DONE] * 5
+    assert "told of experiment y: ConnectionError" in capsys.readouterr().out
+    monkeypatch.setattr(tracking_mlflow, "open_parent", lambda *_: "7")
+    monkeypatch.setattr(tracking_mlflow, "close_parent", away)
+    assert statuses(experiments.perform("y", tracked, Fake())) == [DONE] * 5
+    assert "told of the end of experiment y: ConnectionError" in capsys.readouterr().out
+
+
 def test_an_unfinished_run_is_resumed(commands):
     files.write_json(Path("outputs/a/plan.json"), {})
     fake = Fake()
@@ -136,20 +223,73 @@ def test_ctrl_c_ends_the_sweep_after_its_command_and_the_same_call_goes_on(comma
     assert rest.called == [one.text for one in commands[2:]]
 
 
-def test_ctrl_c_reaches_a_command_once_and_its_end_is_awaited(tmp_path):
-    (tmp_path / "child.py").write_text(CHILD)
+@contextlib.contextmanager
+def sweep_of_a_child(folder: Path):
+    """A sweep in a process of its own with `CHILD` under way."""
+    (folder / "child.py").write_text(CHILD)
     code = "from sonovqa import experiments as e; from sonovqa.experiments_blocks import Command\n"
     code += "try: e.perform('x', [Command(('child.py',))])\nexcept KeyboardInterrupt: print('ended', flush=True)"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
+    given = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "text": True, "start_new_session": True}
+    with subprocess.Popen([sys.executable, "-c", code], **given) as parent:
+        try:
+            wait_for(folder / "ready")
+            yield parent
+        finally:
+            parent.kill()
+
+
+def wait_for(path: Path) -> None:
     end = time.monotonic() + 30
-    while not (tmp_path / "ready").exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    os.killpg(parent.pid, signal.SIGINT)  # as a terminal does it
-    assert parent.communicate(timeout=30)[0].strip().endswith("ended")
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert path.exists()
+
+
+def test_ctrl_c_reaches_a_command_once_and_its_end_is_awaited(tmp_path):
+    with sweep_of_a_child(tmp_path) as parent:
+        os.killpg(parent.pid, signal.SIGINT)  # as a terminal does it
+        assert parent.communicate(timeout=30)[0].strip().endswith("ended")
     assert (tmp_path / "stopped").read_text() == "once "
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_kill_and_a_closed_terminal_end_the_command_as_ctrl_c_does(tmp_path, number):
+    with sweep_of_a_child(tmp_path) as parent:
+        parent.send_signal(number)
+        assert parent.communicate(timeout=30)[0].strip().endswith("ended")
+    assert (tmp_path / "stopped").read_text() == "once "
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_sweep_that_dies_without_a_word_leaves_no_command_behind(tmp_path):
+    with sweep_of_a_child(tmp_path) as parent:
+        parent.kill()
+        wait_for(tmp_path / "stopped")
+
+
+def test_nohup_keeps_its_word_and_handlers_come_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), experiments_sweep.ended_as_by_ctrl_c():
+            signal.raise_signal(signal.SIGHUP)
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+
+
+def test_a_command_started_from_a_background_job_can_be_stopped(tmp_path, monkeypatch):
+    """A shell's `&` has Ctrl-C's signal ignored, and so would every process below it."""
+    (tmp_path / "child.py").write_text("import signal, sys; sys.exit(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)")
+    monkeypatch.chdir(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert experiments_sweep.Processes()(experiments_blocks.Command(("child.py",)), {}) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Counting(Fake):

@@ -6,7 +6,6 @@ both F1, as an earlier project averaged its term and value accuracies (83.8 and 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -16,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from sonovqa.extraction_json import parse
 from sonovqa.extraction_units import FREQUENCIES, SPELLINGS, UNITS, WITH_CASE
 from sonovqa.metrics import Score, mean
 
@@ -85,21 +85,6 @@ def measure(references: Sequence[str], predictions: Sequence[str]) -> dict[str, 
     names = {"combined": "combined"}
     names |= {f"{kind} {what}": f"{kind}_{what.lower()}" for kind in ("term", "value") for what in ("F1", "precision", "recall")}
     return {name: mean(column(key)) for name, key in names.items() if not np.isnan(column(key)).all()}
-
-
-def parse(text: str):
-    """The first JSON object or list in ``text``, or ``None`` if there is none that is whole."""
-    decoder = json.JSONDecoder()
-    for start in re.finditer(r"[{\[]", text):
-        try:
-            return decoder.raw_decode(text, start.start())[0]
-        except (
-            ValueError,
-            RecursionError,
-        ):  # a bracket of the prose, or JSON cut short: an inner object would be a part taken for the whole
-            if text[start.start() : start.start() + 2] in ('{"', "[{", '["'):
-                return None
-    return None
 
 
 def key_of(text: str) -> str | None:

@@ -119,7 +119,18 @@ def test_medications_are_whole_or_wrong():
     assert extraction.score(reference, frequency)["term_f1"] == pytest.approx(4 / 6)
 
 
-@pytest.mark.parametrize("text", ["", "no values were found", LABS[:-30], '{"values": [{"name"', "[" * 100_000])
+INDENTED = json.dumps({"values": VALUES}, indent=2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "no values were found", LABS[:-30], '{"values": [{"name"', "[" * 100_000, f"```json\n{INDENTED[:-2]}",
+        INDENTED[: INDENTED.index("}") + 1], INDENTED[: INDENTED.index("}") + 1] + "\n```", f"{{\n  {LABS[1:-30]}",
+        f"Draft: {LABS}\nBetter: {LABS[:-30]}", f"<think>It is {LABS}", '{"a":' * 501 + "1" + "}" * 501,
+        '{"values":' + "[" * 60 + json.dumps(VALUES[0]) + "]" * 60 + "}", f'{{"values": [{json.dumps(VALUES[0])},]}}',
+    ],
+)  # fmt: skip
 def test_what_is_no_whole_json_is_unread(text):
     made = extraction.score(LABS, text)
     assert not made["read"] and made["combined"] == made["value_f1"] == 0 and extraction.key_of(text) is None

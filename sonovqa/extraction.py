@@ -10,13 +10,13 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
 
 from sonovqa.extraction_json import parse
-from sonovqa.extraction_units import FREQUENCIES, SPELLINGS, UNITS, WITH_CASE
+from sonovqa.extraction_quantities import plain, quantity
+from sonovqa.extraction_units import FREQUENCIES
 from sonovqa.metrics import Score, mean
 
 ANSWER_TYPE = "extraction"
@@ -30,23 +30,6 @@ QUESTIONS = {
 }
 _NAMES = ("name", "medication", "drug", "test", "parameter", "analyte", "measurement", "finding", "diagnosis")
 _AMOUNTS = ("value", "dose", "dosage", "strength", "result")
-_NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-#: Sign, number, how a second one is joined to it (``120/80``, ``10-15``, ``10 to 15``), that one, and the unit.
-_QUANTITY = re.compile(rf"([<>]?=?)\s*(-?{_NUMBER})(?:\s*(/|-|–|to)\s*({_NUMBER}))?(?:\s*(.*))?", re.DOTALL)
-_NOT_MEASURED = {"s", "ms", "min", "h", "days", "weeks", "months", "years", "tablets", "capsules", "drops", "puffs", ""}
-_PROSE_UNITS = [
-    u for u, name in SPELLINGS.items() if u in ("%", "g") or (len(u) > 1 and name not in _NOT_MEASURED)
-]  # "m" is a word
-_AS_WRITTEN = {"/": r"\s?(?:/|per)\s?", " ": r"\s?", "u": "[uµμ]"}
-_UNIT_WORDS = "|".join(
-    "".join(_AS_WRITTEN.get(letter, re.escape(letter)) for letter in u) for u in sorted(_PROSE_UNITS, key=len, reverse=True)
-)
-_IN_PROSE = re.compile(
-    rf"(?<![\w.,/–-])([<>]?=?\s*-?{_NUMBER}(?:\s?(?:/|-|–|to)\s?{_NUMBER})?)\s?-?({_UNIT_WORDS}|(?-i:[CF]))(?![\w/])",
-    re.IGNORECASE,
-)
-#: Between which a bare C or F is a temperature: "a 6 F sheath" and "36 F" are French sizes.
-_TEMPERATURES = {"C": (30, 43), "F": (90, 110)}
 
 
 @lru_cache(maxsize=1 << 16)
@@ -156,60 +139,6 @@ def _time(text: str) -> str:
         return plain(text)
     hour = int(found[1]) % 12 + 12 * (found[3] == "p") if found[3] else int(found[1])
     return f"{hour:02}:{found[2]}"
-
-
-@lru_cache(maxsize=1 << 16)
-def quantity(text: str, known: bool = True) -> tuple[tuple[Decimal | str, ...], str] | None:
-    """``1,200 mg/dl`` as numbers and unit, ``((Decimal("1200"),), "mg/dl")``; ``120/80 mmHg`` has two numbers,
-    and so has ``10-15 mg``, with "to" before them.
-
-    ``None`` if the text does not begin with a number, or with ``known`` if what follows it is no known unit; else such a unit
-    stands as it is written. Trailing zeros mean nothing.
-    """
-    found = _QUANTITY.fullmatch(text.strip())
-    if not found or (unit(found[5] or "") is None and known):
-        return None
-    named = unit(found[5] or "")
-    named = plain(found[5]) if named is None else named
-    numbers = [Decimal(part.replace(",", "")).normalize() for part in (found[2], found[4]) if part]
-    signs = [found[1]] * bool(found[1]) + ["to"] * (found[3] not in (None, "/"))
-    return (*signs, *numbers), named
-
-
-def unit(text: str) -> str | None:
-    """The one spelling of a unit (``mg/dL`` and ``MG / DL`` are ``mg/dl``), "" for none, ``None`` if it is not known."""
-    plainly = re.sub(r"\s+", "", re.sub(r"\bper\b", "/", text)).strip(".").replace("μ", "u").replace("µ", "u")
-    if plainly in WITH_CASE:
-        return WITH_CASE[plainly]
-    squeezed = re.sub("10([⁰¹²³⁴⁵⁶⁷⁸⁹]+)", lambda found: f"10^{found[1].translate(_RAISED)}", plainly.casefold()).replace(
-        "×", "x"
-    )
-    return UNITS.get(squeezed, _BY_PARTS.get(_parts(squeezed)))
-
-
-def _parts(unit: str) -> str:
-    """``cc/h`` and ``ml/hr`` as the same ``ml/h``: each part of a quotient in its one spelling."""
-    return "/".join(UNITS.get(part, part) for part in unit.split("/"))
-
-
-_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-_BY_PARTS = {_parts(name): name for name in UNITS.values()}
-
-
-def quantities(text: str) -> list[tuple[str, str]]:
-    """Numbers with known units in prose, as written: ``[("120/80", "mmHg")]``. Ages and durations are none."""
-    return [(found[1].strip(), found[2]) for found in _IN_PROSE.finditer(text) if _is_measured(found[1], found[2])]
-
-
-def _is_measured(amount: str, unit: str) -> bool:
-    """Whether a bare C or F stands behind a temperature."""
-    least, most = _TEMPERATURES.get(unit, (-math.inf, math.inf))
-    return all(least <= float(number) <= most for number in re.findall(r"\d+(?:\.\d+)?", amount.replace(",", "")))
-
-
-def plain(text: str) -> str:
-    """A term without case, punctuation at its ends and repeated white space."""
-    return " ".join(text.split()).strip(" .,;:!'\"*-").casefold()
 
 
 def _frequency(text: str) -> str:

@@ -13,6 +13,7 @@ import prepare_dataset
 from sonovqa import dataset, documents, documents_pages, documents_vocabulary, extraction, measures
 from sonovqa.cli import UserError
 from sonovqa.documents_forms import TEMPLATES, Draw
+from sonovqa.extraction_quantities import quantities, quantity, unit
 
 VALUES = [
     {"name": "Potassium", "value": 5.9, "unit": "mmol/L", "flag": "H"},
@@ -58,8 +59,8 @@ def test_a_value_counts_only_with_its_unit():
     swapped = [{**VALUES[0], "unit": "mg/dL"}, {**VALUES[1], "unit": "mmol/L"}, *VALUES[2:]]
     made = extraction.score(LABS, json.dumps({"values": swapped}))
     assert (made["term_f1"], made["value_f1"], made["combined"]) == (1, 0.5, 0.75)
-    for unit in ("", "mEq/L", "furlongs"):
-        assert extraction.score(LABS, changed(0, unit=unit))["value_recall"] == 0.75
+    for other in ("", "mEq/L", "furlongs"):
+        assert extraction.score(LABS, changed(0, unit=other))["value_recall"] == 0.75
     assert extraction.score(LABS, changed(2, unit="mmHg"))["value_recall"] == 0.75  # a unit where the page has none
 
 
@@ -77,7 +78,7 @@ def test_a_value_counts_only_with_its_unit():
     ],
 )  # fmt: skip
 def test_units_and_numbers(one, other, same):
-    assert (extraction.quantity(one) == extraction.quantity(other)) is same and extraction.quantity(one)
+    assert (quantity(one) == quantity(other)) is same and quantity(one)
 
 
 def test_a_unit_said_twice_counts_once_and_another_one_is_wrong():
@@ -101,11 +102,11 @@ def test_values_in_prose_are_whole_and_no_ages_or_durations():
         "A 54-year-old, 98.6 F or 37.0 C, after 3 weeks, 120/80 mm Hg, 5 mg/kg/day, 10-15 mg, .5 mg of it, 2 to 3 cm and a 5-mm "
         "node, 50 µg, 80 beats per minute; a 6 F sheath, C4-5 level, 2 tablets, 99 degrees F, sodium 140 mEq/L."
     )
-    assert extraction.quantities(text) == [
+    assert quantities(text) == [
         ("98.6", "F"), ("37.0", "C"), ("120/80", "mm Hg"), ("5", "mg/kg/day"), ("10-15", "mg"), (".5", "mg"), ("2 to 3", "cm"),
         ("5", "mm"), ("50", "µg"), ("80", "beats per minute"), ("99", "degrees F"), ("140", "mEq/L"),
     ]  # fmt: skip
-    assert all(extraction.quantity(" ".join(found)) for found in extraction.quantities(text)), "what is asked can be read"
+    assert all(quantity(" ".join(found)) for found in quantities(text)), "what is asked can be read"
     assert "no ages, no durations" in documents.VALUES_IN_PROSE
 
 
@@ -157,7 +158,7 @@ def test_every_unit_of_the_forms_is_known():
     v = documents_vocabulary
     units = [row[1] for rows in (v.OBSERVATIONS, v.GASES, v.DRIPS, v.ECHO, v.VITALS) for row in rows]
     units += [row[2] for row in v.DRUGS] + [system[0] for row in v.TESTS for system in row[2:]]
-    assert [unit for unit in units if extraction.unit(unit) is None] == []
+    assert [each for each in units if unit(each) is None] == []
 
 
 def printed(form) -> str:

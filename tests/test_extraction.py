@@ -7,6 +7,7 @@ import json
 import pytest
 
 from sonovqa import extraction
+from sonovqa.extraction_quantities import quantities, quantity
 
 ONE = '{"values": [{"name": "X", "value": 5, "unit": "mmol/L"}]}'
 OTHER = ONE.replace("5", "6")
@@ -29,3 +30,39 @@ def test_of_several_brackets_the_answer_is_read(text):
 def test_json_as_deep_as_an_extraction_may_be_is_read():
     assert extraction.score(ONE, "[" * 45 + ONE + "]" * 45)["combined"] == 1
     assert not extraction.score(ONE, "[" * 50 + ONE + "]" * 50)["read"]
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("3 L of fluid, 3 liters of it", ["3 L", "3 liters"]), ("10 U or 10 units", ["10 U", "10 units"]),
+        ("2 g of Ancef, 1.5 gm", ["2 g", "1.5 gm"]), ("a 22 G needle, a 22-gauge cannula, a 6 F sheath, a 0.035 J wire", []),
+        ("3 x 2 x 1.5 cm, 4 × 3-mm and 2 by 3 cm", ["3 x 2 x 1.5 cm", "4 × 3 mm", "2 by 3 cm"]),
+        ("100 mm of Hg, 12 cm of water", ["100 mm of Hg", "12 cm of water"]),
+        ("10,500/mm3, 9,000 per mm³, 300 cells per cubic mm", ["10,500 /mm3", "9,000 per mm³", "300 cells per cubic mm"]),
+        ("4.2 x 10^9/L, 4.2 x10³/µL", ["4.2 x 10^9/L", "4.2 x10³/µL"]), ("5 feet 4 inches", ["5 feet", "4 inches"]),
+        ("a 3-inch scar, 5 in the room", ["3 inch"]), ("200 joules, 360 J", ["200 joules", "360 J"]), ("4500 cGy", ["4500 cGy"]),
+        ("100 mg/m2, 75 mg per m²", ["100 mg/m2", "75 mg per m²"]), ("2 L per minute, 3 L/min", ["2 L per minute", "3 L/min"]),
+        ("4 liters per minute, 50 mL per hour", ["4 liters per minute", "50 mL per hour"]), ("120/80 L arm, 3 l, 4 u", []),
+    ],
+)  # fmt: skip
+def test_units_of_prose(text, found):
+    """As they are printed, and each can be read."""
+    assert [" ".join(one) for one in quantities(text)] == found
+    assert all(map(quantity, found))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("22 G", "22 g", False), ("22 G", "22 gauge", True), ("3 x 2 x 1.5 cm", "3×2×1.50 cm", True),
+        ("3 x 2 cm", "3 X 2 CM", True), ("3 x 2 cm", "2 x 3 cm", False), ("3 x 2 x 1.5 cm", "1.5 cm", False),
+        ("3 x 2 cm", "3/2 cm", False), ("3 x 2 cm", "3 x 2 mm", False),
+        ("4.2 x 10^3/uL", "4.2 K/uL", True), ("4.2 x 10^3/uL", "4.2 K/mm3", True), ("100 mm of Hg", "100 mmHg", True),
+        ("100 mm of Hg", "100 mm", False), ("10,500/mm3", "10500 /uL", True), ("10,500 cells/mm³", "10500 K/uL", False),
+        ("2 L per minute", "2 L/min", True), ("2 liters per minute", "2 L", False), ("100 mg/m2", "100 mg per m²", True),
+        ("100 mg/m2", "100 mg", False), ("200 J", "200 joules", True), ("4500 cGy", "45 Gy", False), ("3 in", "3 inches", True),
+    ],
+)  # fmt: skip
+def test_which_quantities_are_the_same(one, other, same):
+    assert quantity(one) and quantity(other) and (quantity(one) == quantity(other)) is same

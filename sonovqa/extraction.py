@@ -143,7 +143,7 @@ def _time(text: str) -> str:
 
 def _frequency(text: str) -> str:
     words = plain(text).replace(".", "").replace("-", " ")
-    words = re.sub(r"\bq ?(\d+) ?h(?:ours?|rs?)?\b", r"every \1 hours", words)
+    words = re.sub(r"\b(?:q|every) ?(\d+) ?h(?:ours?|rs?|)\b", r"every \1 hours", words)
     return FREQUENCIES.get(words, words)
 
 

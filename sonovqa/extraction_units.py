@@ -57,14 +57,15 @@ WORDS = {"in", "gray"}
 #: Units of one letter as prose writes them, patterns with case. A "J wire" is bent, not a shock.
 LETTERS = ("C", "F", "L", "U", "g", r"J(?![ -](?:wire|tip|tube|stent|pouch))")
 
-#: How often a medication is taken -> one wording. "qod" (every other day) and "od" (once daily) stay apart.
+#: How often a medication is taken -> one wording. "qod" (every other day) and "od" (once daily) stay apart, and so do "bid"
+#: (twice in waking hours) and "q12h" (by the clock): whoever gives an antibiotic has to know which of the two was ordered.
 FREQUENCIES = {
     other: name
     for name, others in {
-        "once daily": ("daily", "qd", "od", "every day", "1x/day", "once a day", "q day", "every 24 hours", "one time a day"),
-        "twice daily": ("bid", "2x/day", "twice a day", "two times a day", "two times daily", "every 12 hours"),
-        "three times daily": ("tid", "3x/day", "three times a day", "every 8 hours"),
-        "four times daily": ("qid", "4x/day", "four times a day", "every 6 hours"),
+        "once daily": ("daily", "qd", "od", "every day", "1x/day", "once a day", "q day", "one time a day"),
+        "twice daily": ("bid", "2x/day", "twice a day", "two times a day", "two times daily"),
+        "three times daily": ("tid", "3x/day", "three times a day"),
+        "four times daily": ("qid", "4x/day", "four times a day"),
         "at bedtime": ("qhs", "hs", "nightly", "every night", "every night at bedtime"),
         "as needed": ("prn", "when needed", "if needed"),
         "every morning": ("qam", "in the morning"),

@@ -66,3 +66,16 @@ def test_units_of_prose(text, found):
 )  # fmt: skip
 def test_which_quantities_are_the_same(one, other, same):
     assert quantity(one) and quantity(other) and (quantity(one) == quantity(other)) is same
+
+
+@pytest.mark.parametrize(
+    ("printed", "said", "same"),
+    [
+        ("BID", "twice daily", True), ("TID", "three times a day", True), ("q12h", "every 12 hours", True),
+        ("q8h", "q 8 hrs", True), ("BID", "q12h", False), ("TID", "q8h", False), ("QID", "q6h", False),
+        ("daily", "q24h", False), ("q8h", "q6h", False),
+    ],
+)  # fmt: skip
+def test_times_a_day_are_not_hours_apart(printed, said, same):
+    drug = '{"medications": [{"name": "A", "dose": "5 mg", "route": "oral", "frequency": "%s"}]}'
+    assert (extraction.score(drug % printed, drug % said)["combined"] == 1) is same

@@ -30,6 +30,17 @@ QUESTIONS = {
 }
 _NAMES = ("name", "medication", "drug", "test", "parameter", "analyte", "measurement", "finding", "diagnosis")
 _AMOUNTS = ("value", "dose", "dosage", "strength", "result")
+#: Keys that only say of what kind the entries below them are. Others say more: what stands under "ruled out" is no finding.
+_KINDS = frozenset(
+    ("findings", "finding", "diagnoses", "diagnosis", "procedures", "procedure", "problems", "impression", "medications",
+     "medication", "drugs", "values", "results", "measurements", "vitals", "vital signs", "labs", "lab results",
+     "laboratory values", "infusions", "infusion rates")
+)  # fmt: skip
+#: Keys and texts that deny what they stand with, and keys that do so with ``false``.
+_DENIED = frozenset(("absent", "negative", "ruled out", "excluded", "denied", "negated", "not present", "not seen", "no"))
+_HELD = frozenset(("present", "confirmed", "detected", "observed", "positive"))
+_FLAGS = {"high": "h", "low": "l", "↑": "h", "↓": "l"}
+_NO_FLAG = ("n", "na", "normal", "no flag", "not flagged", "wnl", "within normal limits", "within range", "in range")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -85,6 +96,7 @@ def collect(extracted) -> tuple[Counter, Counter]:
     """Terms ``(name, key, text)`` and values ``(name, key, numbers, unit)`` of parsed JSON, each as often as it occurs.
 
     A named item's name is a term, its other texts are terms tied to that name: the right frequency on the wrong drug is wrong.
+    Shape is not scored: a name may be an entry, a field of one or the key of one, and entries may stand under a kind or bare.
     """
     terms, values = Counter(), Counter()
     for kind, *entry in _walk(extracted, "", ""):
@@ -95,35 +107,88 @@ def collect(extracted) -> tuple[Counter, Counter]:
 def _walk(node, name: str, key: str) -> Iterator[tuple]:
     """Terms and values below a JSON node that belongs to the item ``name``, under ``key``."""
     if isinstance(node, dict):
-        yield from _item(node, name)
+        yield from _item(node, name, key)
     elif isinstance(node, list):
         for entry in node:
             yield from _walk(entry, name, key)
-    elif isinstance(node, bool) or node is None or str(node).strip() == "":
+    elif isinstance(node, bool) or node is None or _is_blank(str(node)):
         return
+    elif key == "flag":
+        if (said := plain(str(node))) not in _NO_FLAG:
+            yield "term", name, key, _FLAGS.get(said, said)
     elif found := quantity(str(node), known=key not in _AMOUNTS):
-        yield "value", name, "" if key in _AMOUNTS else key, *found
+        yield "value", name, "" if key in _AMOUNTS or _is_bare(name, key) else key, *found
     else:
-        yield "term", name, key, _frequency(str(node)) if key == "frequency" else plain(str(node))
+        yield "term", name, "" if _is_bare(name, key) else key, _frequency(str(node)) if key == "frequency" else plain(str(node))
 
 
-def _item(node: dict, outer: str) -> Iterator[tuple]:
-    lowered = {str(key).strip().casefold(): value for key, value in node.items()}
-    title = next((key for key in _NAMES if isinstance(lowered.get(key), str) and lowered[key].strip()), None)
-    name = plain(lowered.pop(title)) if title else ""
+def _is_blank(text: str) -> bool:
+    """Whether a text says that there is nothing: empty, a dash or "N/A". An asterisk marks something."""
+    return not text.strip(" \n\t-–—") or plain(text) in ("n/a", "none", "null")
+
+
+def _is_bare(name: str, key: str) -> bool:
+    """Whether what stands under a key belongs to no item, and the key to no entry."""
+    return not name and key in _KINDS
+
+
+def _item(node: dict, outer: str, under: str = "") -> Iterator[tuple]:
+    """Terms and values of an object: of an item with a name, or of entries by their kinds or names."""
+    fields = _fields(node)
+    title, has_amount = _title(fields), any(amount in fields for amount in _AMOUNTS)
+    name = plain(fields.pop(title)) if title else ""
+    if name and not outer and not has_amount and _is_denied(fields):
+        name = f"not {name}"
     if name:
-        yield "term", outer, "name", name
-    if time := lowered.pop("time", None):
+        yield "term", outer, "" if has_amount or under in _KINDS else under, name
+    time = fields.pop("time", None)
+    if time and not _is_blank(str(time)):
         name = f"{name} at {_time(str(time))}"
-    unit = lowered.pop("unit", lowered.pop("units", None)) or ""
-    for key, value in lowered.items():
-        if key in _AMOUNTS and isinstance(value, int | float | str) and not isinstance(value, bool):
-            value = _with_unit(str(value), str(unit))
-        inside = name or outer
-        if not inside and not isinstance(value, dict | list) and key not in _AMOUNTS:
-            inside, key = plain(key), "value"  # {"potassium": "5.9 mmol/L"}
-            yield "term", outer, "name", inside
+    unit = str(fields.pop("unit", fields.pop("units", None)) or "")
+    unit = "" if _is_blank(unit) else unit
+    for key, value in fields.items():
+        is_scalar = isinstance(value, int | float | str) and not isinstance(value, bool)
+        if is_scalar and (key in _AMOUNTS or (unit and not name)):
+            value = _with_unit(str(value), unit)
+        yield from _field(key, value, name or outer)
+
+
+def _field(key: str, value, inside: str) -> Iterator[tuple]:
+    """Terms and values of one field of an object that belongs to the item ``inside``, if to any."""
+    own = _fields(value) if isinstance(value, dict) else {}
+    if not inside and key in _DENIED:
+        yield from _walk(value, key, key)
+    elif inside or key in _AMOUNTS or key in _KINDS or isinstance(value, list):
         yield from _walk(value, inside, key)
+    elif not isinstance(value, dict):  # {"potassium": "5.9 mmol/L"}
+        yield "term", "", "", f"not {plain(key)}" if value is False or plain(str(value)) in _DENIED else plain(key)
+        yield from _walk(value, plain(key), "value")
+    elif _title(own) is None and any(amount in own for amount in _AMOUNTS):  # {"potassium": {"value": 5.9, "unit": "mmol/L"}}
+        yield from _item(own | {"name": key}, "")
+    else:
+        yield from _item(own, "", key)
+
+
+def _is_denied(fields: dict) -> bool:
+    """Whether a finding is said not to be there: ``{"name": "Sepsis", "present": false}`` is no sepsis found."""
+    return any(
+        (value is False and key in _HELD)
+        or (value is True and key in _DENIED)
+        or (isinstance(value, str) and plain(value) in _DENIED)
+        for key, value in fields.items()
+    )
+
+
+def _fields(node: dict) -> dict:
+    """Keys in the form they are compared in: ``Vital_Signs`` is ``vital signs``."""
+    return {" ".join(str(key).replace("_", " ").split()).casefold(): value for key, value in node.items()}
+
+
+def _title(fields: dict) -> str | None:
+    """The key that names an item; "diagnosis" beside "findings" is one of two kinds, not the name of an item with findings."""
+    kinds = [key for key in fields if key in _KINDS]
+    named = (key for key in _NAMES if isinstance(fields.get(key), str) and fields[key].strip())
+    return next((key for key in named if key not in _KINDS or kinds == [key] or any(a in fields for a in _AMOUNTS)), None)
 
 
 def _with_unit(amount: str, unit: str) -> str:

@@ -79,3 +79,64 @@ def test_which_quantities_are_the_same(one, other, same):
 def test_times_a_day_are_not_hours_apart(printed, said, same):
     drug = '{"medications": [{"name": "A", "dose": "5 mg", "route": "oral", "frequency": "%s"}]}'
     assert (extraction.score(drug % printed, drug % said)["combined"] == 1) is same
+
+
+FOUND = json.dumps({"findings": ["Sepsis", "Acute cholecystitis"]})
+SEPSIS = '{"findings": ["Sepsis"]}'
+PROSE = json.dumps({"values": [{"value": 5, "unit": "mg"}, {"value": "120/80", "unit": "mmHg"}]})
+FLAGGED = '{"values": [{"name": "X", "value": 5, "unit": "mmol/L"%s}]}'
+ORDERED = json.dumps({"medications": [{"name": "Digoxin", "dose": "125 mcg", "route": "oral", "frequency": "BID"}]})
+
+
+@pytest.mark.parametrize(
+    ("reference", "text"),
+    [
+        (FOUND, '["Sepsis", "acute cholecystitis"]'), (FOUND, '{"diagnoses": ["Sepsis"], "findings": ["Acute cholecystitis"]}'),
+        (FOUND, '{"findings": [{"name": "Sepsis"}, {"finding": "Acute cholecystitis"}]}'), (ONE, '{"X": "5 mmol/L"}'),
+        (FOUND, '{"diagnosis": "Acute cholecystitis", "findings": "Sepsis"}'), ('{"findings": ["A"]}', '{"findings": "A"}'),
+        (FOUND, '[{"name": "Sepsis", "present": true}, "Acute cholecystitis", "N/A"]'), (PROSE, '["120/80 mmHg", "5 mg"]'),
+        (PROSE, '{"values": ["5 mg", "120/80 mmHg"]}'), (PROSE, '{"measurements": ["5 mg", {"value": "120/80 mm Hg"}]}'),
+        (ONE, '{"values": {"X": {"value": 5, "unit": "mmol/L"}}}'), (ONE, '{"X": {"result": "5 mmol/L"}}'),
+        (ONE, '{"values": {"X": "5 mmol/L"}}'), (ONE, '[{"X": 5, "unit": "mmol/L"}]'),
+        (ONE, ONE.replace("}]", ', "time": "-"}]')),
+        (ORDERED, '{"Digoxin": {"dose": "125 mcg", "route": "oral", "frequency": "BID"}}'),
+        (ORDERED, '[{"medication": "Digoxin", "dose": "125 mcg", "route": "oral", "frequency": "BID", "action": "N/A"}]'),
+    ],
+)  # fmt: skip
+def test_shape_is_not_scored(reference, text):
+    assert extraction.score(reference, text)["combined"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reference", "text"),
+    [
+        (ONE, '{"values": {"X": {"value": 5, "unit": "mg/dL"}}}'), (ONE, '{"values": {"X": {"value": 5}}}'),
+        (ONE, '{"values": ["5 mmol/L"]}'), (ONE, '{"values": {"Y": {"value": 5, "unit": "mmol/L"}}}'),
+        (ONE, '[{"X": 5, "unit": "mg/dL"}]'), (ONE, '[{"X": "5 mmol/L", "unit": "mg/dL"}]'), (PROSE, '["5 mmHg", "120/80 mg"]'),
+        (ONE.replace("mmol/L", ""), '[{"X": 5, "unit": "mg/dL"}]'), (PROSE, '{"values": [5, "120/80"]}'), (ONE, '{"X": 5}'),
+        (SEPSIS, '{"ruled out": ["Sepsis"]}'), (SEPSIS, '{"ruled_out": [{"name": "Sepsis"}]}'),
+        (SEPSIS, '{"family history": [{"name": "Sepsis"}]}'), (SEPSIS, '{"absent": "Sepsis"}'),
+        (SEPSIS, '[{"name": "Sepsis", "present": false}]'), (SEPSIS, '{"Sepsis": false}'),
+        (SEPSIS, '[{"name": "Sepsis", "status": "ruled out"}]'), (SEPSIS, '{"Sepsis": "absent"}'),
+        (SEPSIS, '{"ruled out": {"findings": ["Sepsis"]}}'),
+    ],
+)  # fmt: skip
+def test_no_shape_makes_a_wrong_extraction_right(reference, text):
+    """Not a value, or not a term, is right: a unit, a name or a denial is never lost with the shape."""
+    made = extraction.score(reference, text)
+    assert made["value_f1"] == 0 if "values" in reference else made["term_f1"] == 0
+
+
+@pytest.mark.parametrize(
+    ("printed", "said", "same"),
+    [
+        ("H", "High", True), ("L", "low", True), ("H", "↑", True), ("", "N", True), ("", "-", True), ("", "N/A", True),
+        ("", "normal", True), ("", "Within normal limits", True), ("H", "L", False), ("H", "N", False), ("H", "normal", False),
+        ("H", "", False), ("", "H", False), ("", "*", False), ("", "abnormal", False), ("H", "HH", False),
+        ("H", "critical", False),
+    ],
+)  # fmt: skip
+def test_flags(printed, said, same):
+    reference, text = (FLAGGED % (f', "flag": "{flag}"' if flag else "") for flag in (printed, said))
+    made = extraction.score(reference, text)
+    assert (made["combined"] == 1) is same and made["value_f1"] == 1

@@ -197,6 +197,20 @@ def test_pages_are_readable_and_differ_in_looks():
         documents_pages.draw("title", form.blocks * 4, "", styles[0])
 
 
+@pytest.mark.parametrize("face", documents_pages.FACES)
+def test_no_line_and_no_title_runs_off_the_page(face):
+    text = f"{'LEFT COMMON FEMORAL ARTERY WOMB ' * 20}\n      Sig: oral\n\nLV end-diastolic {'diameter ' * 30}{'W' * 200}"
+    room = documents_pages.WIDTH - 2 * documents_pages.MARGIN
+    for size in (15, 21, 24):
+        lines = documents_pages.wrapped(text, face, size)
+        assert max(documents_pages.font(face, False, size).getlength(line) for line in lines) <= room
+        assert "".join("".join(lines).split()) == "".join(text.split()) and "      Sig: oral" in lines and "" in lines
+        assert not any(line.endswith("end-") for line in lines)
+        assert documents_pages.wrapped("\n".join(lines), face, size) == lines, "a page's lines stay as they were cut"
+        title = "W" * 48
+        assert documents_pages._title_font(title, face, size).getlength(title) <= room
+
+
 def prepare(out, *arguments):
     prepare_dataset.main(["documents", *map(str, arguments), "--out", str(out), "--workers", "1"])
     return dataset.load(out), json.loads((out / "dataset.json").read_text())

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from sonovqa import extraction
+from sonovqa import extraction, measures, scoretable, scoring
 from sonovqa.extraction_quantities import quantities, quantity
+from sonovqa.questions import QUESTIONS, TEXT_LABEL
 
 ONE = '{"values": [{"name": "X", "value": 5, "unit": "mmol/L"}]}'
 OTHER = ONE.replace("5", "6")
@@ -140,3 +141,41 @@ def test_flags(printed, said, same):
     reference, text = (FLAGGED % (f', "flag": "{flag}"' if flag else "") for flag in (printed, said))
     made = extraction.score(reference, text)
     assert (made["combined"] == 1) is same and made["value_f1"] == 1
+
+
+def rows_of(kind: str, answer_type: str, references) -> list[dict]:
+    """A row a reference, answered rightly."""
+    return [
+        {"image_id": str(n), "group": str(n), "category": "", "question_id": kind, "question": "?", "answer_type": answer_type,
+         "reference": text, "prediction": text, "error": None, "finish_reason": "stop"}
+        for n, text in enumerate(references)
+    ]  # fmt: skip
+
+
+ASKED = {
+    "Q1": ("skull", "stomach"), "Q2": ("cephalic, axial", "breech, axial"), "Q3": ("axial abdomen", "longitudinal femur"),
+    "Q4": ("HC 175 mm", "AC 150 mm"), "Q5": ("20-25 weeks", "8-13 weeks"), "Q6": ("good", "low"), "Q7": ("normal", "abnormal"),
+    "Q8": ("routine monitoring", "specialist referral"),
+}  # fmt: skip
+
+
+def test_the_headline_of_every_kind_of_question_is_in_the_printed_table():
+    kinds = [rows_of(kind, "", ASKED[kind]) for kind in QUESTIONS] + [rows_of("Q4", "", ("HC", "AC"))]
+    kinds += [rows_of("a", "closed", ("yes", "no")), rows_of("b", "open", ("liver", "5 mm")), rows_of("c", TEXT_LABEL, "xxy")]
+    kinds += [rows_of(kind, extraction.ANSWER_TYPE, (ONE, FOUND)) for kind in extraction.QUESTIONS]
+    for rows in kinds:
+        kind = measures.kind_of(rows[0])
+        found = measures.headline(kind, measures.measure(kind, rows, [row["prediction"] for row in rows]))
+        assert found in scoretable.SHOWN, kind
+
+
+def test_the_table_of_documents_shows_their_own_scores_and_the_headline_first():
+    rows = rows_of("values", extraction.ANSWER_TYPE, (ONE, ONE, ONE))
+    rows[0]["prediction"] = ONE.replace("mmol/L", "mg/dL")
+    baselines = scoring.Baselines(scoring.majority_answers(rows), "the references themselves", None)
+    table = scoretable.table(scoring.score(rows, baselines, resamples=0))
+    shown = dict(zip(table.columns[1].cells, table.columns[2].cells, strict=True))
+    assert next(iter(shown)) == "combined ↑"
+    assert {name: shown[name][:4] for name in ("combined ↑", "term F1 ↑", "value F1 ↑", "accuracy ↑")} == {
+        "combined ↑": "0.83", "term F1 ↑": "1.00", "value F1 ↑": "0.67", "accuracy ↑": "0.67",
+    }  # fmt: skip

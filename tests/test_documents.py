@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
+import evaluate
 import prepare_dataset
+import train
 from sonovqa import dataset, documents, documents_pages, documents_vocabulary, extraction, measures
 from sonovqa.cli import UserError
 from sonovqa.documents_forms import TEMPLATES, Draw
@@ -56,12 +60,41 @@ def test_a_partly_wrong_extraction_loses_what_is_wrong():
 
 
 def test_a_value_counts_only_with_its_unit():
-    swapped = [{**VALUES[0], "unit": "mg/dL"}, {**VALUES[1], "unit": "mmol/L"}, *VALUES[2:]]
-    made = extraction.score(LABS, json.dumps({"values": swapped}))
+    made = extraction.score(LABS, TABLED["units of two results swapped"])
     assert (made["term_f1"], made["value_f1"], made["combined"]) == (1, 0.5, 0.75)
     for other in ("", "mEq/L", "furlongs"):
         assert extraction.score(LABS, changed(0, unit=other))["value_recall"] == 0.75
     assert extraction.score(LABS, changed(2, unit="mmHg"))["value_recall"] == 0.75  # a unit where the page has none
+
+
+SWAPPED = [{**VALUES[0], "unit": "mg/dL"}, {**VALUES[1], "unit": "mmol/L"}, *VALUES[2:]]
+#: What experiments.md tables: an answer about `LABS`.
+TABLED = {
+    "all right": LABS,
+    "one number wrong": changed(0, value=5.8),
+    "one flag wrong": changed(0, flag="L"),
+    "two of four results left out": json.dumps({"values": VALUES[:2]}),
+    "one result invented": json.dumps({"values": [*VALUES, {"name": "Sodium", "value": 140, "unit": "mmol/L"}]}),
+    "units of two results swapped": json.dumps({"values": SWAPPED}),
+    "cut short": LABS[:-30],
+}
+
+
+def table_of_scores() -> str:
+    """The rows of experiments.md's table."""
+    made = {what: extraction.score(LABS, text) for what, text in TABLED.items()}
+    return "\n".join(f"| {what} | {m['term_f1']:.2f} | {m['value_f1']:.2f} | {m['combined']:.2f} |" for what, m in made.items())
+
+
+def test_the_page_tables_these_scores_and_its_commands_are_taken():
+    text = (ROOT / "experiments.md").read_text().split("## Documents\n")[1].split("\n## ")[0]
+    assert f"| --- | --- | --- | --- |\n{table_of_scores()}\n<!-- end of scores of extractions -->" in text
+    commands = [line.split("#")[0].split()[1:] for line in re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines()]
+    for script, *words in commands:
+        {"prepare_dataset.py": prepare_dataset, "train.py": train, "evaluate.py": evaluate}[script].parse(words)
+    assert [words[0] for words in commands] == ["prepare_dataset.py"] * 2 + ["train.py", "evaluate.py"]
+    pixels = int(commands[2][commands[2].index("--max-pixels") + 1])
+    assert pixels >= documents_pages.WIDTH * documents_pages.HEIGHT, "a page is not made smaller"
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,15 @@ def has_remains(text: str) -> bool:
     return bool(_REMAINS.search(str(text)))
 
 
-def answer_part(text: str) -> str:
-    """What of a model's output is its answer: no thinking, nothing after the end of its turn, `LONGEST` characters at most.
-
-    A thought cut short leaves "".
-    """
+def own_turn(text: str) -> str:
+    """What of a model's output is its answer: no thinking, nothing after the end of its turn. A thought cut short leaves ""."""
     text = _THOUGHT.sub(" ", str(text))
-    text = _END.split(text[_OPENING.match(text).end() :], maxsplit=1)[0].strip()
+    return _END.split(text[_OPENING.match(text).end() :], maxsplit=1)[0].strip()
+
+
+def answer_part(text: str) -> str:
+    """The first `LONGEST` characters of `own_turn`."""
+    text = own_turn(text)
     return text if len(text) <= LONGEST else (text[:LONGEST].rsplit(None, 1) or [""])[0]
 
 

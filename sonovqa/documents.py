@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from sonovqa import cli, extraction
+from sonovqa import cli, extraction, extraction_quantities
 from sonovqa.cli import UserError
 from sonovqa.documents_forms import TEMPLATES, Draw, Form, json_number
 from sonovqa.documents_pages import MARGIN, SIZES, Prose, Sheet, Style, draw, draw_style, wrapped
@@ -31,7 +31,8 @@ _SECTION = re.compile(r"[\s,]*,\s*(?=[A-Z][A-Z0-9 /&()'-]{2,40}:|\d{1,2}\.\s+[A-
 TRANSCRIBE = "Transcribe this page."
 #: Prose does not say what a number is a value of in a form that could be read without a person, so names are not asked for.
 VALUES_IN_PROSE = (
-    "List every number with a unit on this page, but no ages, no durations and no counts of tablets, capsules, drops or puffs. "
+    "List every number with a unit on this page, but no ages, no durations, no gauges or French sizes and no counts of tablets, "
+    "capsules, drops or puffs. "
     'Answer with JSON only: {"values": [{"value": 0, "unit": ""}]}'
 )
 
@@ -163,7 +164,7 @@ def _rendered(out: Path, sample: dict, seed: int, drops: Drops) -> Iterator[Reco
         form.findings = [
             term for term in sample["keywords"] if re.search(rf"(?<!\w){re.escape(term)}(?!\w)", text, re.IGNORECASE)
         ]
-        form.values = [{"value": json_number(number), "unit": unit} for number, unit in extraction.quantities(text)]
+        form.values = [{"value": json_number(number), "unit": unit} for number, unit in extraction_quantities.quantities(text)]
         if not form.findings:
             drops.setdefault("findings not asked: no keyword of the transcription is on the page", []).append(
                 f"row {sample['row']} page {number}: {sample['name']}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
-import textwrap
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,9 +181,31 @@ class Sheet:
 
 
 def wrapped(text: str, face: str, size: int) -> list[str]:
-    """Lines of paragraphs as wide as the page allows; a long word is cut rather than lost."""
-    letters = int((WIDTH - 2 * MARGIN) / (font(face, False, size).getlength("the patient was seen in clinic") / 30) * 0.93)
-    return [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, letters) or [""]]
+    """Lines of paragraphs as wide as the page allows, by their measured width: capitals are half as wide again as small letters.
+
+    Broken at white space only, so that "end-diastolic" stays one word; a word wider than the page is cut rather than lost.
+    """
+    width, lines = WIDTH - 2 * MARGIN, []
+    measured = font(face, False, size).getlength
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in re.findall(r"\s*\S+", paragraph):
+            if line and measured(line + word) > width:
+                lines.append(line)
+                line, word = "", word.lstrip()
+            while measured(line + word) > width:
+                fits = max(1, bisect.bisect_right(range(1, len(word)), width, key=lambda letters: measured(word[:letters])))
+                lines.append(word[:fits])
+                word = word[fits:]
+            line += word
+        lines.append(line)
+    return lines
+
+
+def _title_font(title: str, face: str, size: int) -> ImageFont.FreeTypeFont:
+    """A little larger than the text, or as large as the title fits on the page."""
+    sizes = (font(face, True, each) for each in range(size + 8, 8, -1))
+    return next(big for big in sizes if big.getlength(title) <= WIDTH - 2 * MARGIN or big.size <= 12)
 
 
 def draw(title: str, blocks: Sequence[Block], footer: str, style: Style, sizes: Sequence[int] = SIZES) -> Image.Image:
@@ -196,7 +219,7 @@ def draw(title: str, blocks: Sequence[Block], footer: str, style: Style, sizes: 
     """
     for size in sizes:
         sheet = Sheet(style, size)
-        big = font(style.face, True, size + 8)
+        big = _title_font(title, style.face, size)
         sheet.ink.text(((WIDTH - big.getlength(title)) / 2, sheet.y), title, INK, big)
         sheet.y += sheet.line + 18
         for block in blocks:

@@ -6,17 +6,17 @@ both F1, as an earlier project averaged its term and value accuracies (83.8 and 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
 from functools import lru_cache
 
 import numpy as np
 
-from sonovqa.extraction_units import FREQUENCIES, SPELLINGS, UNITS, WITH_CASE
+from sonovqa.extraction_json import parse
+from sonovqa.extraction_quantities import plain, quantity
+from sonovqa.extraction_units import FREQUENCIES
 from sonovqa.metrics import Score, mean
 
 ANSWER_TYPE = "extraction"
@@ -30,23 +30,17 @@ QUESTIONS = {
 }
 _NAMES = ("name", "medication", "drug", "test", "parameter", "analyte", "measurement", "finding", "diagnosis")
 _AMOUNTS = ("value", "dose", "dosage", "strength", "result")
-_NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-#: Sign, number, how a second one is joined to it (``120/80``, ``10-15``, ``10 to 15``), that one, and the unit.
-_QUANTITY = re.compile(rf"([<>]?=?)\s*(-?{_NUMBER})(?:\s*(/|-|–|to)\s*({_NUMBER}))?(?:\s*(.*))?", re.DOTALL)
-_NOT_MEASURED = {"s", "ms", "min", "h", "days", "weeks", "months", "years", "tablets", "capsules", "drops", "puffs", ""}
-_PROSE_UNITS = [
-    u for u, name in SPELLINGS.items() if u in ("%", "g") or (len(u) > 1 and name not in _NOT_MEASURED)
-]  # "m" is a word
-_AS_WRITTEN = {"/": r"\s?(?:/|per)\s?", " ": r"\s?", "u": "[uµμ]"}
-_UNIT_WORDS = "|".join(
-    "".join(_AS_WRITTEN.get(letter, re.escape(letter)) for letter in u) for u in sorted(_PROSE_UNITS, key=len, reverse=True)
-)
-_IN_PROSE = re.compile(
-    rf"(?<![\w.,/–-])([<>]?=?\s*-?{_NUMBER}(?:\s?(?:/|-|–|to)\s?{_NUMBER})?)\s?-?({_UNIT_WORDS}|(?-i:[CF]))(?![\w/])",
-    re.IGNORECASE,
-)
-#: Between which a bare C or F is a temperature: "a 6 F sheath" and "36 F" are French sizes.
-_TEMPERATURES = {"C": (30, 43), "F": (90, 110)}
+#: Keys that only say of what kind the entries below them are. Others say more: what stands under "ruled out" is no finding.
+_KINDS = frozenset(
+    ("findings", "finding", "diagnoses", "diagnosis", "procedures", "procedure", "problems", "impression", "medications",
+     "medication", "drugs", "values", "results", "measurements", "vitals", "vital signs", "labs", "lab results",
+     "laboratory values", "infusions", "infusion rates")
+)  # fmt: skip
+#: Keys and texts that deny what they stand with, and keys that do so with ``false``.
+_DENIED = frozenset(("absent", "negative", "ruled out", "excluded", "denied", "negated", "not present", "not seen", "no"))
+_HELD = frozenset(("present", "confirmed", "detected", "observed", "positive"))
+_FLAGS = {"high": "h", "low": "l", "↑": "h", "↓": "l"}
+_NO_FLAG = ("n", "na", "normal", "no flag", "not flagged", "wnl", "within normal limits", "within range", "in range")
 
 
 @lru_cache(maxsize=1 << 16)
@@ -87,21 +81,6 @@ def measure(references: Sequence[str], predictions: Sequence[str]) -> dict[str, 
     return {name: mean(column(key)) for name, key in names.items() if not np.isnan(column(key)).all()}
 
 
-def parse(text: str):
-    """The first JSON object or list in ``text``, or ``None`` if there is none that is whole."""
-    decoder = json.JSONDecoder()
-    for start in re.finditer(r"[{\[]", text):
-        try:
-            return decoder.raw_decode(text, start.start())[0]
-        except (
-            ValueError,
-            RecursionError,
-        ):  # a bracket of the prose, or JSON cut short: an inner object would be a part taken for the whole
-            if text[start.start() : start.start() + 2] in ('{"', "[{", '["'):
-                return None
-    return None
-
-
 def key_of(text: str) -> str | None:
     """A name for what an extraction says, the same for all wordings that `score` takes as equal; ``None`` if it is not read."""
     found = parse(text)
@@ -117,6 +96,7 @@ def collect(extracted) -> tuple[Counter, Counter]:
     """Terms ``(name, key, text)`` and values ``(name, key, numbers, unit)`` of parsed JSON, each as often as it occurs.
 
     A named item's name is a term, its other texts are terms tied to that name: the right frequency on the wrong drug is wrong.
+    Shape is not scored: a name may be an entry, a field of one or the key of one, and entries may stand under a kind or bare.
     """
     terms, values = Counter(), Counter()
     for kind, *entry in _walk(extracted, "", ""):
@@ -127,35 +107,88 @@ def collect(extracted) -> tuple[Counter, Counter]:
 def _walk(node, name: str, key: str) -> Iterator[tuple]:
     """Terms and values below a JSON node that belongs to the item ``name``, under ``key``."""
     if isinstance(node, dict):
-        yield from _item(node, name)
+        yield from _item(node, name, key)
     elif isinstance(node, list):
         for entry in node:
             yield from _walk(entry, name, key)
-    elif isinstance(node, bool) or node is None or str(node).strip() == "":
+    elif isinstance(node, bool) or node is None or _is_blank(str(node)):
         return
+    elif key == "flag":
+        if (said := plain(str(node))) not in _NO_FLAG:
+            yield "term", name, key, _FLAGS.get(said, said)
     elif found := quantity(str(node), known=key not in _AMOUNTS):
-        yield "value", name, "" if key in _AMOUNTS else key, *found
+        yield "value", name, "" if key in _AMOUNTS or _is_bare(name, key) else key, *found
     else:
-        yield "term", name, key, _frequency(str(node)) if key == "frequency" else plain(str(node))
+        yield "term", name, "" if _is_bare(name, key) else key, _frequency(str(node)) if key == "frequency" else plain(str(node))
 
 
-def _item(node: dict, outer: str) -> Iterator[tuple]:
-    lowered = {str(key).strip().casefold(): value for key, value in node.items()}
-    title = next((key for key in _NAMES if isinstance(lowered.get(key), str) and lowered[key].strip()), None)
-    name = plain(lowered.pop(title)) if title else ""
+def _is_blank(text: str) -> bool:
+    """Whether a text says that there is nothing: empty, a dash or "N/A". An asterisk marks something."""
+    return not text.strip(" \n\t-–—") or plain(text) in ("n/a", "none", "null")
+
+
+def _is_bare(name: str, key: str) -> bool:
+    """Whether what stands under a key belongs to no item, and the key to no entry."""
+    return not name and key in _KINDS
+
+
+def _item(node: dict, outer: str, under: str = "") -> Iterator[tuple]:
+    """Terms and values of an object: of an item with a name, or of entries by their kinds or names."""
+    fields = _fields(node)
+    title, has_amount = _title(fields), any(amount in fields for amount in _AMOUNTS)
+    name = plain(fields.pop(title)) if title else ""
+    if name and not outer and not has_amount and _is_denied(fields):
+        name = f"not {name}"
     if name:
-        yield "term", outer, "name", name
-    if time := lowered.pop("time", None):
+        yield "term", outer, "" if has_amount or under in _KINDS else under, name
+    time = fields.pop("time", None)
+    if time and not _is_blank(str(time)):
         name = f"{name} at {_time(str(time))}"
-    unit = lowered.pop("unit", lowered.pop("units", None)) or ""
-    for key, value in lowered.items():
-        if key in _AMOUNTS and isinstance(value, int | float | str) and not isinstance(value, bool):
-            value = _with_unit(str(value), str(unit))
-        inside = name or outer
-        if not inside and not isinstance(value, dict | list) and key not in _AMOUNTS:
-            inside, key = plain(key), "value"  # {"potassium": "5.9 mmol/L"}
-            yield "term", outer, "name", inside
+    unit = str(fields.pop("unit", fields.pop("units", None)) or "")
+    unit = "" if _is_blank(unit) else unit
+    for key, value in fields.items():
+        is_scalar = isinstance(value, int | float | str) and not isinstance(value, bool)
+        if is_scalar and (key in _AMOUNTS or (unit and not name)):
+            value = _with_unit(str(value), unit)
+        yield from _field(key, value, name or outer)
+
+
+def _field(key: str, value, inside: str) -> Iterator[tuple]:
+    """Terms and values of one field of an object that belongs to the item ``inside``, if to any."""
+    own = _fields(value) if isinstance(value, dict) else {}
+    if not inside and key in _DENIED:
+        yield from _walk(value, key, key)
+    elif inside or key in _AMOUNTS or key in _KINDS or isinstance(value, list):
         yield from _walk(value, inside, key)
+    elif not isinstance(value, dict):  # {"potassium": "5.9 mmol/L"}
+        yield "term", "", "", f"not {plain(key)}" if value is False or plain(str(value)) in _DENIED else plain(key)
+        yield from _walk(value, plain(key), "value")
+    elif _title(own) is None and any(amount in own for amount in _AMOUNTS):  # {"potassium": {"value": 5.9, "unit": "mmol/L"}}
+        yield from _item(own | {"name": key}, "")
+    else:
+        yield from _item(own, "", key)
+
+
+def _is_denied(fields: dict) -> bool:
+    """Whether a finding is said not to be there: ``{"name": "Sepsis", "present": false}`` is no sepsis found."""
+    return any(
+        (value is False and key in _HELD)
+        or (value is True and key in _DENIED)
+        or (isinstance(value, str) and plain(value) in _DENIED)
+        for key, value in fields.items()
+    )
+
+
+def _fields(node: dict) -> dict:
+    """Keys in the form they are compared in: ``Vital_Signs`` is ``vital signs``."""
+    return {" ".join(str(key).replace("_", " ").split()).casefold(): value for key, value in node.items()}
+
+
+def _title(fields: dict) -> str | None:
+    """The key that names an item; "diagnosis" beside "findings" is one of two kinds, not the name of an item with findings."""
+    kinds = [key for key in fields if key in _KINDS]
+    named = (key for key in _NAMES if isinstance(fields.get(key), str) and fields[key].strip())
+    return next((key for key in named if key not in _KINDS or kinds == [key] or any(a in fields for a in _AMOUNTS)), None)
 
 
 def _with_unit(amount: str, unit: str) -> str:
@@ -173,63 +206,9 @@ def _time(text: str) -> str:
     return f"{hour:02}:{found[2]}"
 
 
-@lru_cache(maxsize=1 << 16)
-def quantity(text: str, known: bool = True) -> tuple[tuple[Decimal | str, ...], str] | None:
-    """``1,200 mg/dl`` as numbers and unit, ``((Decimal("1200"),), "mg/dl")``; ``120/80 mmHg`` has two numbers,
-    and so has ``10-15 mg``, with "to" before them.
-
-    ``None`` if the text does not begin with a number, or with ``known`` if what follows it is no known unit; else such a unit
-    stands as it is written. Trailing zeros mean nothing.
-    """
-    found = _QUANTITY.fullmatch(text.strip())
-    if not found or (unit(found[5] or "") is None and known):
-        return None
-    named = unit(found[5] or "")
-    named = plain(found[5]) if named is None else named
-    numbers = [Decimal(part.replace(",", "")).normalize() for part in (found[2], found[4]) if part]
-    signs = [found[1]] * bool(found[1]) + ["to"] * (found[3] not in (None, "/"))
-    return (*signs, *numbers), named
-
-
-def unit(text: str) -> str | None:
-    """The one spelling of a unit (``mg/dL`` and ``MG / DL`` are ``mg/dl``), "" for none, ``None`` if it is not known."""
-    plainly = re.sub(r"\s+", "", re.sub(r"\bper\b", "/", text)).strip(".").replace("μ", "u").replace("µ", "u")
-    if plainly in WITH_CASE:
-        return WITH_CASE[plainly]
-    squeezed = re.sub("10([⁰¹²³⁴⁵⁶⁷⁸⁹]+)", lambda found: f"10^{found[1].translate(_RAISED)}", plainly.casefold()).replace(
-        "×", "x"
-    )
-    return UNITS.get(squeezed, _BY_PARTS.get(_parts(squeezed)))
-
-
-def _parts(unit: str) -> str:
-    """``cc/h`` and ``ml/hr`` as the same ``ml/h``: each part of a quotient in its one spelling."""
-    return "/".join(UNITS.get(part, part) for part in unit.split("/"))
-
-
-_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹", "0123456789")
-_BY_PARTS = {_parts(name): name for name in UNITS.values()}
-
-
-def quantities(text: str) -> list[tuple[str, str]]:
-    """Numbers with known units in prose, as written: ``[("120/80", "mmHg")]``. Ages and durations are none."""
-    return [(found[1].strip(), found[2]) for found in _IN_PROSE.finditer(text) if _is_measured(found[1], found[2])]
-
-
-def _is_measured(amount: str, unit: str) -> bool:
-    """Whether a bare C or F stands behind a temperature."""
-    least, most = _TEMPERATURES.get(unit, (-math.inf, math.inf))
-    return all(least <= float(number) <= most for number in re.findall(r"\d+(?:\.\d+)?", amount.replace(",", "")))
-
-
-def plain(text: str) -> str:
-    """A term without case, punctuation at its ends and repeated white space."""
-    return " ".join(text.split()).strip(" .,;:!'\"*-").casefold()
-
-
 def _frequency(text: str) -> str:
     words = plain(text).replace(".", "").replace("-", " ")
-    words = re.sub(r"\bq ?(\d+) ?h(?:ours?|rs?)?\b", r"every \1 hours", words)
+    words = re.sub(r"\b(?:q|every) ?(\d+) ?h(?:ours?|rs?|)\b", r"every \1 hours", words)
     return FREQUENCIES.get(words, words)
 
 

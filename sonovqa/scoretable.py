@@ -16,7 +16,7 @@ from sonovqa.metrics import FEWEST_GROUPS
 #: Shown for every question where it has them, in this order; `scores.json` and the report hold all.
 SHOWN = (
     "accuracy", "F1", "within one", "MAE (weeks)", "within 10 %", "MAE (mm)", "balanced accuracy", "sensitivity", "specificity",
-    "numbers right", "completeness", "coherent",
+    "numbers right", "completeness", "coherent", "combined", "term F1", "value F1",
 )  # fmt: skip
 MOST_FINDINGS = 8
 PIPE_WIDTH = 120  # columns of the table where no terminal says how many there are

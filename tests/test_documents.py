@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
+import evaluate
 import prepare_dataset
+import train
 from sonovqa import dataset, documents, documents_pages, documents_vocabulary, extraction, measures
 from sonovqa.cli import UserError
 from sonovqa.documents_forms import TEMPLATES, Draw
+from sonovqa.extraction_quantities import quantities, quantity, unit
 
 VALUES = [
     {"name": "Potassium", "value": 5.9, "unit": "mmol/L", "flag": "H"},
@@ -55,12 +60,41 @@ def test_a_partly_wrong_extraction_loses_what_is_wrong():
 
 
 def test_a_value_counts_only_with_its_unit():
-    swapped = [{**VALUES[0], "unit": "mg/dL"}, {**VALUES[1], "unit": "mmol/L"}, *VALUES[2:]]
-    made = extraction.score(LABS, json.dumps({"values": swapped}))
+    made = extraction.score(LABS, TABLED["units of two results swapped"])
     assert (made["term_f1"], made["value_f1"], made["combined"]) == (1, 0.5, 0.75)
-    for unit in ("", "mEq/L", "furlongs"):
-        assert extraction.score(LABS, changed(0, unit=unit))["value_recall"] == 0.75
+    for other in ("", "mEq/L", "furlongs"):
+        assert extraction.score(LABS, changed(0, unit=other))["value_recall"] == 0.75
     assert extraction.score(LABS, changed(2, unit="mmHg"))["value_recall"] == 0.75  # a unit where the page has none
+
+
+SWAPPED = [{**VALUES[0], "unit": "mg/dL"}, {**VALUES[1], "unit": "mmol/L"}, *VALUES[2:]]
+#: What experiments.md tables: an answer about `LABS`.
+TABLED = {
+    "all right": LABS,
+    "one number wrong": changed(0, value=5.8),
+    "one flag wrong": changed(0, flag="L"),
+    "two of four results left out": json.dumps({"values": VALUES[:2]}),
+    "one result invented": json.dumps({"values": [*VALUES, {"name": "Sodium", "value": 140, "unit": "mmol/L"}]}),
+    "units of two results swapped": json.dumps({"values": SWAPPED}),
+    "cut short": LABS[:-30],
+}
+
+
+def table_of_scores() -> str:
+    """The rows of experiments.md's table."""
+    made = {what: extraction.score(LABS, text) for what, text in TABLED.items()}
+    return "\n".join(f"| {what} | {m['term_f1']:.2f} | {m['value_f1']:.2f} | {m['combined']:.2f} |" for what, m in made.items())
+
+
+def test_the_page_tables_these_scores_and_its_commands_are_taken():
+    text = (ROOT / "experiments.md").read_text().split("## Documents\n")[1].split("\n## ")[0]
+    assert f"| --- | --- | --- | --- |\n{table_of_scores()}\n<!-- end of scores of extractions -->" in text
+    commands = [line.split("#")[0].split()[1:] for line in re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines()]
+    for script, *words in commands:
+        {"prepare_dataset.py": prepare_dataset, "train.py": train, "evaluate.py": evaluate}[script].parse(words)
+    assert [words[0] for words in commands] == ["prepare_dataset.py"] * 2 + ["train.py", "evaluate.py"]
+    pixels = int(commands[2][commands[2].index("--max-pixels") + 1])
+    assert pixels >= documents_pages.WIDTH * documents_pages.HEIGHT, "a page is not made smaller"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +111,7 @@ def test_a_value_counts_only_with_its_unit():
     ],
 )  # fmt: skip
 def test_units_and_numbers(one, other, same):
-    assert (extraction.quantity(one) == extraction.quantity(other)) is same and extraction.quantity(one)
+    assert (quantity(one) == quantity(other)) is same and quantity(one)
 
 
 def test_a_unit_said_twice_counts_once_and_another_one_is_wrong():
@@ -101,11 +135,11 @@ def test_values_in_prose_are_whole_and_no_ages_or_durations():
         "A 54-year-old, 98.6 F or 37.0 C, after 3 weeks, 120/80 mm Hg, 5 mg/kg/day, 10-15 mg, .5 mg of it, 2 to 3 cm and a 5-mm "
         "node, 50 µg, 80 beats per minute; a 6 F sheath, C4-5 level, 2 tablets, 99 degrees F, sodium 140 mEq/L."
     )
-    assert extraction.quantities(text) == [
+    assert quantities(text) == [
         ("98.6", "F"), ("37.0", "C"), ("120/80", "mm Hg"), ("5", "mg/kg/day"), ("10-15", "mg"), (".5", "mg"), ("2 to 3", "cm"),
         ("5", "mm"), ("50", "µg"), ("80", "beats per minute"), ("99", "degrees F"), ("140", "mEq/L"),
     ]  # fmt: skip
-    assert all(extraction.quantity(" ".join(found)) for found in extraction.quantities(text)), "what is asked can be read"
+    assert all(quantity(" ".join(found)) for found in quantities(text)), "what is asked can be read"
     assert "no ages, no durations" in documents.VALUES_IN_PROSE
 
 
@@ -119,7 +153,18 @@ def test_medications_are_whole_or_wrong():
     assert extraction.score(reference, frequency)["term_f1"] == pytest.approx(4 / 6)
 
 
-@pytest.mark.parametrize("text", ["", "no values were found", LABS[:-30], '{"values": [{"name"', "[" * 100_000])
+INDENTED = json.dumps({"values": VALUES}, indent=2)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "no values were found", LABS[:-30], '{"values": [{"name"', "[" * 100_000, f"```json\n{INDENTED[:-2]}",
+        INDENTED[: INDENTED.index("}") + 1], INDENTED[: INDENTED.index("}") + 1] + "\n```", f"{{\n  {LABS[1:-30]}",
+        f"Draft: {LABS}\nBetter: {LABS[:-30]}", f"<think>It is {LABS}", '{"a":' * 501 + "1" + "}" * 501,
+        '{"values":' + "[" * 60 + json.dumps(VALUES[0]) + "]" * 60 + "}", f'{{"values": [{json.dumps(VALUES[0])},]}}',
+    ],
+)  # fmt: skip
 def test_what_is_no_whole_json_is_unread(text):
     made = extraction.score(LABS, text)
     assert not made["read"] and made["combined"] == made["value_f1"] == 0 and extraction.key_of(text) is None
@@ -146,7 +191,7 @@ def test_every_unit_of_the_forms_is_known():
     v = documents_vocabulary
     units = [row[1] for rows in (v.OBSERVATIONS, v.GASES, v.DRIPS, v.ECHO, v.VITALS) for row in rows]
     units += [row[2] for row in v.DRUGS] + [system[0] for row in v.TESTS for system in row[2:]]
-    assert [unit for unit in units if extraction.unit(unit) is None] == []
+    assert [each for each in units if unit(each) is None] == []
 
 
 def printed(form) -> str:
@@ -183,6 +228,20 @@ def test_pages_are_readable_and_differ_in_looks():
         assert np.median(page) - np.percentile(page, 0.5) > 100  # ink against paper
     with pytest.raises(ValueError, match="too full"):
         documents_pages.draw("title", form.blocks * 4, "", styles[0])
+
+
+@pytest.mark.parametrize("face", documents_pages.FACES)
+def test_no_line_and_no_title_runs_off_the_page(face):
+    text = f"{'LEFT COMMON FEMORAL ARTERY WOMB ' * 20}\n      Sig: oral\n\nLV end-diastolic {'diameter ' * 30}{'W' * 200}"
+    room = documents_pages.WIDTH - 2 * documents_pages.MARGIN
+    for size in (15, 21, 24):
+        lines = documents_pages.wrapped(text, face, size)
+        assert max(documents_pages.font(face, False, size).getlength(line) for line in lines) <= room
+        assert "".join("".join(lines).split()) == "".join(text.split()) and "      Sig: oral" in lines and "" in lines
+        assert not any(line.endswith("end-") for line in lines)
+        assert documents_pages.wrapped("\n".join(lines), face, size) == lines, "a page's lines stay as they were cut"
+        title = "W" * 48
+        assert documents_pages._title_font(title, face, size).getlength(title) <= room
 
 
 def prepare(out, *arguments):

@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sonovqa import (
+    answer_limits,
     answering,
     asking,
     bertscore,
@@ -76,7 +77,7 @@ def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
     line = {"help": "a prompt's name, or one a question: Q7=simple,Q2=short (unset: as trained)"}
     what.add_argument("--prompts", metavar="NAME", dest="prompt", **(lines if several else line))
     what.add_argument("--max-images", type=int, metavar="N", help="ask about N images only, drawn across categories")
-    what.add_argument("--max-new-tokens", type=int, default=128, help="an answer's limit; a report has eight times it")
+    what.add_argument("--max-new-tokens", type=int, help="an answer's limit (unset: by what is asked); a report: 8 times it")
     what.add_argument("--min-pixels", type=int, help="lower bound of an image's pixels (unset: as trained)")
     what.add_argument("--max-pixels", type=int, help="upper bound of an image's pixels (unset: as trained)")
     how = parser.add_argument_group("scores and files")
@@ -146,6 +147,7 @@ def evaluate(argv: list[str]) -> int:
     if not items:
         asked = f"--task {args.task} on the {args.split} split of {args.data}"
         raise UserError(f"nothing to ask; {asked}; answered questions are needed; choose another --task or --split")
+    args.max_new_tokens = args.max_new_tokens or answer_limits.usual(items, train)
     base = answering.base_folder(args, run, about)
     wording = bertscore.wording(args.bertscore)
     out = answering.output_folder(args)
@@ -265,17 +267,18 @@ def prompts(argv: list[str]) -> int:
     folder = answering.output_folder(args)
     out = args.out or folder.with_name(f"{folder.name}-prompts")
     engine = functools.cache(lambda: asking.timed(open_engine, args))
-    rows = {}
+    rows, train, given = {}, asking.items_of(splits["train"], args.task), args.max_new_tokens
     for name, questions in names.items():
         asked = ",".join(f"{question}={name}" for question in sorted(questions))
         items = choice.own_items((i for i in asking.items_of(raw, args.task, asked) if i.question_id in questions), head)
         if not items:
             continue
+        args.max_new_tokens = given or answer_limits.usual(items, train)
         endpoint_cost.agree(args, raw, items, out / name, False)
         settings = answering.settings_of(argparse.Namespace(**vars(args) | {"prompt": name}), about)
         predictions.claim(out / name, settings, args.fresh)
         rows[name] = list(asking.ask_all(raw, items, out / name, engine, False, args.max_new_tokens)[0].values())
-    baselines = scoring.without_blind(asking.items_of(splits["train"], args.task), [])
+    baselines = scoring.without_blind(train, [])
     made = consistency.measure(consistency.sides_of(rows), prompt_variants.variants(own), baselines, args.resamples, args.seed)
     asked = data_asked(args, about, [row for found in rows.values() for row in found])
     files.write_json(out / "prompts.json", made | {"trained_with": own, "data": asked, **stamp(args)})

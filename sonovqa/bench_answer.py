@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--new-tokens", type=int, default=32, help="tokens of an answer; at most, with --no-ignore-eos")
     how.add_argument("--ignore-eos", action=flag, default=True, help="answers of fixed length; off, the answers are compared")
     how.add_argument("--scores", type=int, metavar="N", help="also score N images of --data's split; 0: all (unset: speed only)")
+    how.add_argument("--scores-new-tokens", type=int, metavar="N", help="limit of a scored answer (unset: by what is asked)")
     how.add_argument("--markdown", type=Path, metavar="FILE", help="tables for a paper (unset: beside the record, .md)")
     how.add_argument("--limit", type=float, default=3600.0, metavar="SECONDS", help="most time for one process")
     how.add_argument("--record", type=Path, default=Path("outputs/bench/answer.json"), help="JSON file of all rows, added to")
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     requests = bench_images.make(args.data, args.split, args.rows, args.size, args.seed)
     about = bench_images.described(requests)
     settings = {"new_tokens": args.new_tokens, "ignore_eos": args.ignore_eos, "images": images, "scores": args.scores}
+    settings["scores_new_tokens"] = args.scores_new_tokens
     bench_records.start(args.record, "answer", settings, about)
     console.print(bench_answer_table.title(settings, about), markup=False, soft_wrap=True)
     console.print("prompts: " + " | ".join(about["prompts"]), markup=False, soft_wrap=True)
@@ -138,7 +140,7 @@ def missing(wanted: Iterator[Case], args: argparse.Namespace) -> list[Case]:
     record = files.read_json(args.record)
     found = list(wanted)
     if args.scores is not None:
-        how = Scoring(str(args.data), args.split, args.scores, args.seed)
+        how = Scoring(str(args.data), args.split, args.scores, args.seed, new_tokens=args.scores_new_tokens)
         scored = [bench_scores.key_of(entry) for entry in record.get("scores", []) if entry["error"] is None]
         own = {run.name: provenance.own_prompts(records.read_run(run)) for run in args.run}
         prompts = {f"{name}: {part}": prompt for name, prompt in own.items() for part in ("base", "adapter", "merged")}
@@ -172,7 +174,9 @@ def predict(todo: list[Case], requests: list, record: Path) -> list[dict]:
 def check(args: argparse.Namespace) -> None:
     """Every problem with the arguments at once. Raises `UserError`."""
     problems = cli.out_of_range(
-        args, ("rows", "new_tokens", "limit", "batch_images", "in_flight"), ("price_input", "price_output")
+        args,
+        ("rows", "new_tokens", "limit", "batch_images", "in_flight", "scores_new_tokens"),
+        ("price_input", "price_output"),
     )
     if not (args.model or args.run) and not (args.endpoint and args.engines == [VLLM]):
         problems.append("nobody to answer; name --model or --run, or --engines vllm with --endpoint URL")
@@ -184,6 +188,8 @@ def check(args: argparse.Namespace) -> None:
         problems.append(
             f"--scores {args.scores} with --data {args.data}; images of a data set are scored, 0 or more: name --data"
         )
+    if args.scores is None and args.scores_new_tokens is not None:
+        problems.append(f"--scores-new-tokens {args.scores_new_tokens}; nothing is scored; it goes with --scores N; leave it out")
     if args.endpoint and (len(args.model) > 1 or args.run):
         problems.append("--endpoint serves one model; name its weights alone with --model, or leave --endpoint out")
     if args.endpoint and len(args.bits) > 1:

@@ -98,7 +98,8 @@ def show(record: Mapping) -> None:
 def notes(record: Mapping) -> list[str]:
     """What is wrong with rows and scores, a line each, each with the row it is about."""
     told = [f"{who(row)}: {note(row)}" for row in record["rows"] if note(row)]
-    return told + [f"{bench_scores.named(entry)}: not scored: {entry['error']}" for entry in record["scores"] if entry["error"]]
+    told += [f"{bench_scores.named(entry)}: not scored: {entry['error']}" for entry in record["scores"] if entry["error"]]
+    return told + [told_cut for entry in record["scores"] if (told_cut := bench_scores.cut_note(entry))]
 
 
 def who(row: Mapping) -> str:

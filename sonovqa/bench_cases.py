@@ -23,6 +23,7 @@ class Scoring:
         prompt: a line of `prompt_variants.variants`.
         folder: where the answers are kept.
         at_once: images answered together, or requests in flight.
+        new_tokens: an answer's limit; ``None``: by what is asked (`answer_limits.usual`).
     """
 
     data: str
@@ -32,6 +33,7 @@ class Scoring:
     prompt: str = prompt_variants.DEFAULT
     folder: str = ""
     at_once: int = 1
+    new_tokens: int | None = None
 
 
 @dataclass(frozen=True)

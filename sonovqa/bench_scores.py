@@ -10,12 +10,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from sonovqa import asking, bench_records, comparing, dataset, endpoint_cost, files, predictions, scoretable, scoring
+from sonovqa import (
+    answer_limits,
+    asking,
+    bench_records,
+    comparing,
+    dataset,
+    endpoint_cost,
+    files,
+    predictions,
+    scoretable,
+    scoring,
+)
 from sonovqa.bench_cases import SHARED, VLLM, Case, Scoring
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine
 
-NEW_TOKENS = 128  # an answer's limit, evaluate.py's default
 RESAMPLES = 1000  # of groups, for the intervals, evaluate.py's default
 
 
@@ -55,17 +65,18 @@ def place(engine: str) -> str:
 
 
 def _asked(how: Scoring) -> tuple:
-    """The rows that are scored, images not decoded, and their questions."""
-    split = dataset.load_undecoded(Path(how.data))[how.split]
-    raw = dataset.subset(split, how.rows, how.seed) if how.rows else split
-    return raw, asking.items_of(raw, "all", how.prompt)
+    """The rows that are scored, images not decoded; their questions and the training split's; an answer's limit."""
+    splits = dataset.load_undecoded(Path(how.data))
+    raw = dataset.subset(splits[how.split], how.rows, how.seed) if how.rows else splits[how.split]
+    items, train = (asking.items_of(split, "all", how.prompt) for split in (raw, splits["train"]))
+    return raw, items, train, how.new_tokens or answer_limits.usual(items, train)
 
 
 def to_send(how: Scoring) -> endpoint_cost.Estimate:
     """What `score` has still to ask, grey images too."""
-    raw, items = _asked(how)
+    raw, items, _, limit = _asked(how)
     sizes = asking.image_sizes(raw, range(len(raw)))
-    return endpoint_cost.estimate(endpoint_cost.still_to_ask(items, sizes, Path(how.folder), True), sizes, NEW_TOKENS)
+    return endpoint_cost.estimate(endpoint_cost.still_to_ask(items, sizes, Path(how.folder), True), sizes, limit)
 
 
 def score(case: Case, engine: Engine) -> dict:
@@ -79,26 +90,28 @@ def score(case: Case, engine: Engine) -> dict:
         UserError: if there is nothing to ask, or the data set is gone.
     """
     how, out = case.scoring, Path(case.scoring.folder)
-    raw, items = _asked(how)
-    train = asking.items_of(dataset.load_undecoded(Path(how.data))["train"], "all", how.prompt)
+    raw, items, train, limit = _asked(how)
     if not items:
         raise UserError(f"--scores; the {how.split} split of {how.data} has no questions; choose another --split")
     settings = {"model": case.label, "bits": case.bits, "where": place(case.engine), "prompt": how.prompt}
+    settings |= {"max_new_tokens": limit}
     predictions.claim(out, settings | {"data": dataset.about(Path(how.data))["fingerprint"], "split": how.split})
-    by_key, blind = asking.ask_all(raw, items, out, lambda: (engine, 0.0), True, NEW_TOKENS)
+    by_key, blind = asking.ask_all(raw, items, out, lambda: (engine, 0.0), True, limit)
     baselines = replace(scoring.without_blind(train, items), blind=blind)
     made = scoring.score(list(by_key.values()), baselines, RESAMPLES, how.seed)
     files.write_json(out / "scores.json", made)
-    return entry_of(case, made, len(raw))
+    return entry_of(case, made, len(raw), limit)
 
 
-def entry_of(case: Case, made: Mapping, images: int) -> dict:
-    """What the record keeps of `scoring.score`'s result; the rest lies in the folder of the answers."""
-    kept = ("headline", "asked", "failed", "unread", "groups")
+def entry_of(case: Case, made: Mapping, images: int, limit: int) -> dict:
+    """What the record keeps of `scoring.score`'s result, answers cut at ``limit`` tokens among it; the rest lies in the folder
+    of the answers."""
+    kept = ("headline", "asked", "failed", "unread", "cut", "groups")
     return {
         "model": case.label, "bits": case.bits, "where": place(case.engine), "images": images, "folder": case.scoring.folder,
         "error": None, "overall": made["overall"]["metrics"]["accuracy"],
         "asked": made["overall"]["asked"], "failed": made["overall"]["failed"], "intervals": made["intervals"],
+        "new_tokens": limit, "cut": sum(about["cut"] for about in made["questions"].values()),
         "questions": {kind: {name: about[name] for name in kept} | {"figure": about["metrics"][about["headline"]]}
                       for kind, about in made["questions"].items()},
     }  # fmt: skip
@@ -140,6 +153,7 @@ OVERALL: bench_records.Columns = _WHO | {
     "blind": lambda entry: baseline(entry.get("overall"), "blind"),
     "images": lambda entry: str(entry.get("images", "–")),
     "asked/failed": lambda entry: f"{entry['asked']}/{entry['failed']}" if "asked" in entry else "–",
+    "cut": lambda entry: str(entry.get("cut", "–")),
 }
 #: Each question's main score beside its baselines, a row a question and model (`by_question`).
 QUESTIONS: bench_records.Columns = {"question": lambda row: row["kind"]} | _WHO | {
@@ -149,7 +163,16 @@ QUESTIONS: bench_records.Columns = {"question": lambda row: row["kind"]} | _WHO 
     "blind": lambda row: baseline(row["figure"], "blind"),
     "n/groups": lambda row: f"{row['figure']['n']}/{row['figure']['groups']}",
     "unread/failed": lambda row: f"{row['unread']}/{row['failed']}",
+    "cut": lambda row: str(row.get("cut", "–")),
 }  # fmt: skip
+
+
+def cut_note(entry: Mapping) -> str:
+    """How many answers of a scored model were cut, as `findings.cut` says it of a question; "" where none was."""
+    if not entry.get("cut"):  # nor in records made before cut answers were counted
+        return ""
+    told = answer_limits.cut_in_words(entry["cut"], entry["asked"] - entry["failed"], "--scores-new-tokens")
+    return f"{named(entry)}: {told} above {entry['new_tokens']}"
 
 
 def by_question(found: Sequence[Mapping]) -> list[dict]:

@@ -92,20 +92,20 @@ class ChoiceEngine:
         """Logits over the head's tokens of every ``(prompt, kind)``, in order."""
         import torch
 
-        from sonovqa import losses
+        from sonovqa import devices, losses
         from sonovqa.generation import on_device
 
         if not images:
             return []
-        prefixes, vision = self.encoder.prefixes(images, contexts)
         numbers = list(self.head.sets)
         # Any column will do for a label: it says where a question ends, and of which kind it is.
         branches = [
             [self.encoder.branch_of({"prompt": prompt, "place": (numbers.index(kind), 0)}) for prompt, kind in row]
             for row in asked
         ]
-        batch = self.encoder.batch(prefixes, branches, vision)
-        with torch.inference_mode():
+        with torch.inference_mode(), devices.answering_in_memory():
+            prefixes, vision = self.encoder.prefixes(images, contexts)
+            batch = self.encoder.batch(prefixes, branches, vision)
             return losses.answer_logits(self.model, on_device(batch, self.model))[0].float().cpu().tolist()
 
 

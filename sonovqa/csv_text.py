@@ -7,6 +7,8 @@ aside, is kept once, so that it can lie in one split only; with different labels
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from sonovqa.cli import UserError
 from sonovqa.files import sha256
 from sonovqa.images import Checked
 from sonovqa.questions import TEXT_LABEL
-from sonovqa.sheets import Drops
+from sonovqa.sheets import LARGEST_CELL, Drops
 from sonovqa.sources import Loaded, Record, need_records, question
 
 SOURCE = "csv-text"
@@ -55,29 +57,50 @@ def load(args: argparse.Namespace) -> Loaded:
 
 
 def _records(path: Path, columns: tuple[str, str, str | None], asked: str, drops: Drops) -> Iterator[Record]:
-    import pandas
-
-    try:
-        table = pandas.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig", encoding_errors="strict")
-    except (OSError, ValueError, pandas.errors.ParserError) as fault:  # UnicodeDecodeError is a ValueError
-        what = " ".join(str(fault).split())[:150]
-        raise UserError(f"the table cannot be read; {path}: {what}; a CSV file in UTF-8 with a header; save it as one") from None
-    known = {str(name).strip().casefold(): name for name in table.columns}
-    wanted = [known.get(name.strip().casefold()) for name in columns if name]
-    if None in wanted:
-        lacking = [name for name in columns if name and name.strip().casefold() not in known]
+    header, *rows = _table(path)
+    names = [name.strip().casefold() for name in header]
+    wanted = [name for name in columns if name]
+    found = [[at for at, name in enumerate(names) if name == one.strip().casefold()] for one in wanted]
+    if wrong := [name for name, places in zip(wanted, found, strict=True) if len(places) != 1]:
+        what = "more than one column of a name; {} has two of {}" if all(found) else "columns are missing; {} lacks {}"
         raise UserError(
-            f"columns are missing; {path} lacks {', '.join(lacking)}; it has {', '.join(map(str, table.columns))}; name them "
-            "with --text-column, --label-column and --group-column"
+            f"{what.format(path, ', '.join(wrong))}; it has {', '.join(header)}; name them with --text-column, --label-column "
+            "and --group-column"
         )
-    for number, cells in enumerate(table[wanted].itertuples(index=False, name=None), start=2):  # the header is row 1
-        text, label, *group = (" ".join(cell.split()) for cell in cells)
+    for number, cells in enumerate(rows, start=2):  # the header is row 1
         place = f"{path.name} row {number}"
+        if not cells:  # an empty line
+            continue
+        if len(cells) != len(header):  # which cell belongs to which column is not known: nothing is guessed
+            reason = "a row with more or fewer cells than the header: a text with a comma needs quotes around it"
+            drops.setdefault(reason, []).append(f"{place}: {len(cells)} cells, not {len(header)}")
+            continue
+        text, label, *group = (" ".join(cells[at].split()) for (at,) in found)
         if not text or not label:
             drops.setdefault(f"a row without {'text' if not text else 'label'}", []).append(place)
             continue
         entry = question(TEXT_LABEL, label, f"{asked}\n{text}" if asked else text, TEXT_LABEL)
         yield Record(f"{path.stem}/{number}", None, path.stem, "".join(group), [entry], place=place)
+
+
+def _table(path: Path) -> list[list[str]]:
+    """All rows, the header first and empty ones among them, so that a row's place is the one a spreadsheet shows.
+
+    pandas would not do: of a first row with a cell too many it makes an index, and every column stands under its neighbour's
+    name.
+    """
+    csv.field_size_limit(LARGEST_CELL)
+    rows: list[list[str]] = []
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        rows += csv.reader(io.StringIO(text, newline=""), strict=True)
+    except (OSError, UnicodeDecodeError, csv.Error) as fault:
+        where = f"after row {len(rows)}: " if isinstance(fault, csv.Error) else ""
+        what = where + " ".join(str(fault).split())[:150]
+        raise UserError(f"the table cannot be read; {path}: {what}; a CSV file in UTF-8 with a header; save it as one") from None
+    if not rows or not any(rows[0]):
+        raise UserError(f"the table has no header; {path}; its first row must name the columns; add one")
+    return rows
 
 
 def _once_each(records: list[Record], drops: Drops) -> list[Record]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
-from sonovqa.cli import console
+from sonovqa.cli import UserError, console
 
 
 def take_gpu() -> None:
@@ -31,6 +32,21 @@ def one_gpu(config):
     if config.n_gpu > 1:
         config._n_gpu = 1
     return config
+
+
+@contextlib.contextmanager
+def answering_in_memory():
+    """Inside, a GPU that runs out of memory while a model answers is a `UserError` with the ways out, not a traceback."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as fault:
+        what = " ".join(str(fault).split(". ")[:2])[:150]
+        raise UserError(
+            f"the GPU's memory is full; {what}; what was answered is kept; take fewer images at once (--batch-images 1), smaller "
+            "ones (--max-pixels) or fewer bits (--bits 4), where the command has the flag"
+        ) from None
 
 
 def compute_dtype():

@@ -65,6 +65,9 @@ def python(facts: Mapping) -> Check:
 def gpu(facts: Mapping) -> list[Check]:
     """Whether there is a GPU that torch can use, what it computes in, and what is free on it."""
     found, seen = facts["gpu"], facts["driver_gpus"]
+    broken = [_broken_driver(facts["driver_fault"], found is not None)] if facts["driver_fault"] else []
+    if broken and found is None:
+        return broken
     if found is None and not seen:
         can = "demo, tests, data, evaluation through an endpoint; tiny trains, models of billions of weights do not"
         return [Check("GPU", NOTE, f"none: {can}", "train and serve on a machine with an NVIDIA GPU")]
@@ -74,7 +77,14 @@ def gpu(facts: Mapping) -> list[Check]:
     capability = ".".join(map(str, found["capability"]))
     shared = [_shared(found)] if found["integrated"] else []
     named = Check("GPU", OK, f"{found['name']}{several}, compute capability {capability}")
-    return [named, architecture(facts), precision(found), *shared, gpu_memory(found)]
+    return [named, *broken, architecture(facts), precision(found), *shared, gpu_memory(found)]
+
+
+def _broken_driver(fault: str, usable: bool) -> Check:
+    """nvidia-smi is there, so somebody meant a GPU to be; where torch computes on one all the same nothing is missing."""
+    way_out = "reboot, which loads a driver that was updated; else install NVIDIA's driver, or give the container its GPU "
+    way_out += "(--gpus all); then python -m sonovqa.doctor"
+    return Check("driver" if usable else "GPU", NOTE if usable else MISSING, f"nvidia-smi fails: {fault}", way_out)
 
 
 def _unusable(facts: Mapping) -> Check:

@@ -14,6 +14,7 @@ from pathlib import Path
 from sonovqa import memory, records
 
 GPU_BOX, ELSEWHERE = "requirements.txt", "requirements-cpu.txt"
+NVIDIA_SMI_SECONDS = 30.0
 _PIN = re.compile(r"([\w.-]+)==([\w.+]+)")
 
 
@@ -23,6 +24,7 @@ def probe() -> dict:
     Returns:
         ``python``, ``machine``: as `platform` names them.
         ``driver_gpus``: GPUs that the NVIDIA driver lists, whether torch can use them or not, as ``{name, driver}``.
+        ``driver_fault``: nvidia-smi's own words if it is there but fails or lists no GPU, else ``None``.
         ``torch``: ``None`` if it is not installed, else ``{version, cuda, architectures}``: the CUDA version it was built with
             or ``None``, and what it has kernels for, such as ``sm_90``.
         ``gpu``: ``None`` if torch has no CUDA device, else ``{name, count, capability, integrated, total, free}`` of the first.
@@ -32,14 +34,15 @@ def probe() -> dict:
         ``bitsandbytes``: ``None`` if it quantises here, else its fault.
         ``token``, ``offline``: whether there is a hub token, whether the hub is not to be asked. The token itself is not kept.
     """
-    seen = driver_gpus()
-    requirements = GPU_BOX if seen else ELSEWHERE
+    seen, fault = ask_driver()
+    requirements = GPU_BOX if seen or fault else ELSEWHERE
     pins = read_pins(records.ROOT / requirements)
     torch = _torch()
     return {
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "driver_gpus": seen,
+        "driver_fault": fault,
         "torch": torch,
         "gpu": _gpu() if torch else None,
         "memory": _memory(),
@@ -71,12 +74,27 @@ def installed(names: set[str]) -> dict[str, str]:
 
 def driver_gpus() -> list[dict]:
     """GPUs by nvidia-smi; an empty list without it. Unified-memory machines answer these two queries as well."""
+    return ask_driver()[0]
+
+
+def ask_driver() -> tuple[list[dict], str | None]:
+    """What nvidia-smi lists, as `driver_gpus` gives it, and its own words if it is there but fails or lists nothing."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [dict(zip(("name", "driver"), map(str.strip, line.rsplit(",", 1)), strict=True)) for line in told.splitlines() if line]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=NVIDIA_SMI_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [], f"no answer in {NVIDIA_SMI_SECONDS:.0f} s"
+    except FileNotFoundError:
+        return [], None  # no NVIDIA driver, which is no fault of a machine without a GPU
+    except OSError as fault:
+        return [], str(fault)
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    cells = [line.rsplit(",", 1) for line in lines if "," in line] if done.returncode == 0 else []
+    if cells:
+        return [{"name": name.strip(), "driver": driver.strip()} for name, driver in cells], None
+    told = (*lines, *done.stderr.split("\n"), "")[0].strip().rstrip(".")[:200]
+    status = f" (exit {done.returncode})" if done.returncode else ""
+    return [], (told or "it lists no GPU") + status
 
 
 def _torch() -> dict | None:

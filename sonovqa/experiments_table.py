@@ -10,6 +10,7 @@ from statistics import mean
 from sonovqa import records
 from sonovqa.experiments_records import BESIDE
 
+SPEED = "speed"  # stands among the scores of a marker: how fast the runs answered, and in what memory
 _SEED = re.compile(r"-s\d+$")  # of a run's name: runs that differ in it alone stand in one row
 
 
@@ -49,14 +50,34 @@ def rows(found: Mapping[str, Mapping], specs: Sequence[str]) -> list[list[str]]:
 
     Args:
         found: records by file name (`experiments_records.record_of`).
-        specs: the scores to show, see `figure_of`.
+        specs: the scores to show, see `figure_of`; `SPEED` for that of answering, where a record has it.
     """
+    specs = [spec for spec in specs if spec != SPEED or any(_speeds([record]) for record in found.values())]
     head = ["run", "model", "data", *(_heading(spec, found.values()) for spec in specs), "seeds", "trained", "trained answers/s"]
     head += ["time", "peak memory", "command", "date", "record"]
     return [head, *(_row(name, same, specs) for name, same in configurations(found).items())]
 
 
+def _speeds(runs: Sequence[Mapping]) -> list[Mapping]:
+    """How fast the records' first evaluations answered (`asking.speed`), of those that say."""
+    told = [next(iter(record.get("evaluations", {}).values()), {}).get("speed") for record in runs]
+    return [one for one in told if one]
+
+
+def _speed_cell(runs: Sequence[Mapping]) -> str:
+    """``189.2 (188.7, 190.1, 188.8), 0.8 GB``: answers a second, of several seeds their mean and all, and the most memory."""
+    found = _speeds(runs)
+    if not found:
+        return "-"
+    each = [one["answers_per_second"] for one in found]
+    told = f"{mean(each):.1f}" + (f" ({', '.join(format(one, '.1f') for one in each)})" if len(each) > 1 else "")
+    peaks = [one["peak_memory_bytes"] for one in found if one.get("peak_memory_bytes")]
+    return f"{told}, {records.gigabytes(max(peaks))}" if peaks else told
+
+
 def _heading(spec: str, found) -> str:
+    if spec == SPEED:
+        return "answering: answers/s, peak memory"
     figures = [figure for record in found if (figure := figure_of(record, spec))]
     name, figure = figures[0] if figures else (spec, {})
     return f"{name}{ {True: ' ↑', False: ' ↓'}.get(figure.get('higher_is_better'), '') } [95 %]"
@@ -71,7 +92,8 @@ def _row(name: str, same: Mapping[str, Mapping], specs: Sequence[str]) -> list[s
         name,
         f"{given['model']}{weights}, {given['bits']} bits",
         _data(first),
-        *(_cell([figure[1] for record in runs if (figure := figure_of(record, spec))]) for spec in specs),
+        *(_speed_cell(runs) if spec == SPEED else _cell([one[1] for record in runs if (one := figure_of(record, spec))])
+          for spec in specs),
         ", ".join(str(record["arguments"]["seed"]) for record in runs),
         f"{first['training']['trainable_parameters']:,}" if "trainable_parameters" in first["training"] else "",
         f"{mean(one['answers_per_second'] for one in made):.1f}",

@@ -85,7 +85,7 @@ FAMILIES = {
     "llava": Family("LLaVA-1.5", True, "", vision=_TOWER, unsloth=True, hub="llava-hf/llava-1.5-7b-hf", **_FIXED),
     "mllama": Family(
         "Llama 3.2 Vision", why_not="its image stands in cross-attention, not in the sequence", system_turn=False,
-        vision=_MODEL, unsloth=True, not_served="vLLM dropped it in 0.10.2", hub="meta-llama/Llama-3.2-11B-Vision-Instruct",
+        vision=_MODEL, unsloth=True, not_served="supported until vLLM 0.10.2", hub="meta-llama/Llama-3.2-11B-Vision-Instruct",
         **_FIXED,
     ),
     "gemma3": Family(

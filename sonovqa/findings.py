@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from sonovqa import answer_words, measures
+from sonovqa import answer_limits, answer_words, measures
 from sonovqa.metrics import FEWEST_GROUPS
 
 #: Shares above which failed, unread, cut or garbled answers are said aloud (issue 5: "above 1 %").
@@ -168,8 +168,7 @@ def cut(kind: str, about: Mapping) -> Iterable[Finding]:
     """Answers that the token limit ended."""
     share = about["cut"] / about["n"] if about["n"] else 0
     if share > RARE:
-        text = f"{kind}: {about['cut']} of {about['n']} answers ({share:.1%}) were cut at the token limit; raise --max-new-tokens"
-        yield Finding("cut", kind, share, text)
+        yield Finding("cut", kind, share, f"{kind}: {answer_limits.cut_in_words(about['cut'], about['n'])}")
 
 
 def unrelated(kind: str, about: Mapping) -> Iterable[Finding]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from sonovqa import chat, losses
+from sonovqa import chat, devices, losses
 from sonovqa.batching import Encoder
 from sonovqa.engines import BRANCHES, ImageRequest, LabelReply, LabelRequest, Reply, one_by_one
 from sonovqa.layout import Branch, Prefix
@@ -57,19 +57,23 @@ class LocalEngine:
                     yield Reply(request.image_id, question_id, "", f"image not readable: {fault}", None, 0, 0.0)
         if not asked:
             return
-        prefixes, vision = self.encoder.prefixes(images, [request.context for request in asked])
-        branches = [[self.encoder.branch(prompt) for _, prompt in request.prompts] for request in asked]
-        if self.encoder.family.shares_prefix:
-            pad_id = self.encoder.tokenizer.pad_token_id
-            tokens = greedy(self.model, prefixes, vision, branches, max_new_tokens, self.stop, pad_id)
-        else:
-            tokens = each_alone(self.model, self.encoder, prefixes, vision, branches, max_new_tokens, self.stop)
+        with devices.answering_in_memory():
+            tokens = self._decoded(asked, images, max_new_tokens)
         waited = time.perf_counter() - started  # every answer is there when the last one is
         pairs = [(request.image_id, question_id) for request in asked for question_id, _ in request.prompts]
         for (image_id, question_id), ids in zip(pairs, tokens, strict=True):
             ended = bool(ids) and ids[-1] in self.stop
             text = self.encoder.tokenizer.decode(ids, skip_special_tokens=True).strip()
             yield Reply(image_id, question_id, text, None, "stop" if ended else "length", len(ids), waited)
+
+    def _decoded(self, asked: list[ImageRequest], images: list, max_new_tokens: int) -> list[list[int]]:
+        """Token ids of the answers to all questions of the requests, whose images are decoded."""
+        prefixes, vision = self.encoder.prefixes(images, [request.context for request in asked])
+        branches = [[self.encoder.branch(prompt) for _, prompt in request.prompts] for request in asked]
+        if self.encoder.family.shares_prefix:
+            pad_id = self.encoder.tokenizer.pad_token_id
+            return greedy(self.model, prefixes, vision, branches, max_new_tokens, self.stop, pad_id)
+        return each_alone(self.model, self.encoder, prefixes, vision, branches, max_new_tokens, self.stop)
 
     def likelihoods(self, requests: Iterable[LabelRequest]) -> Iterator[LabelReply]:
         """Log-likelihoods of all wordings of all questions of an image, its end of turn included, in one pass an image:
@@ -84,7 +88,9 @@ class LocalEngine:
             branches = [self.encoder.branch(prompt, text) for _, prompt, texts in request.prompts for text in texts]
             rows = [branches] if self.encoder.family.shares_prefix else [[branch] for branch in branches]
             parts = [rows[k : k + self.batch_images] for k in range(0, len(rows), self.batch_images)]
-            told = (p for some in parts for p in branch_likelihoods(self.model, self.encoder, image, request.context, some))
+            with devices.answering_in_memory():
+                found = [branch_likelihoods(self.model, self.encoder, image, request.context, some) for some in parts]
+            told = itertools.chain.from_iterable(found)
             for question_id, _, texts in request.prompts:
                 yield LabelReply(request.image_id, question_id, tuple(next(told) for _ in texts))
 
@@ -249,7 +255,7 @@ def stream(model, processor, messages: list[dict], max_new_tokens: int) -> Itera
 
     def run():
         try:
-            with _generating(model, encoder, max_new_tokens, _stop_ids(model, encoder)):
+            with _generating(model, encoder, max_new_tokens, _stop_ids(model, encoder)), devices.answering_in_memory():
                 model.generate(**inputs, streamer=pieces, stopping_criteria=StoppingCriteriaList([stop]))
         except BaseException as fault:  # handed to the reader below: a thread's fault is printed nowhere else
             faults.append(fault)

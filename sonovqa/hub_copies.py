@@ -58,9 +58,19 @@ def parquet_rows(root: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict
             raise UserError(f"the Parquet file cannot be read; {path}: {what}; fetch it anew") from None
 
 
-def image_file(image: dict | None, folder: Path) -> Path | None:
-    """Write an image column's bytes as a file named by its content; ``None`` if there are no bytes."""
-    data = (image or {}).get("bytes")
+def image_file(image: dict | bytes | None, folder: Path) -> Path | None:
+    """Write an image column's bytes, plain or in the hub's ``{bytes, path}``, as a file named by its content; ``None`` if there
+    are none.
+
+    Raises:
+        UserError: the column holds something else.
+    """
+    data = image.get("bytes") if isinstance(image, dict) else image
+    if data is not None and not isinstance(data, bytes):
+        raise UserError(
+            f"the image column holds no images but {type(data).__name__}; {str(data)[:60]!r}; a file's bytes, or a struct that "
+            "has them as bytes; fetch the files that the hub shows as images anew, or mend --root"
+        )
     if not data:
         return None
     path = folder / "images" / (sha256(data)[:16] + (".png" if data.startswith(b"\x89PNG") else ".jpg"))

@@ -67,9 +67,12 @@ def _take(records: dict, sample: dict, drops: Drops, where: str) -> None:
     try:
         images, turns, number = sample["image"], sample["conversations"], str(sample["id"])
         images = [images] if isinstance(images, str) else images
-        pairs = [(h["value"], g["value"]) for h, g in zip(turns[::2], turns[1::2], strict=True)]
+        pairs = [(text_of(h["value"]), text_of(g["value"])) for h, g in zip(turns[::2], turns[1::2], strict=True)]
         speakers = [turn["from"] for turn in turns]
+        whole = pairs and isinstance(images, list) and images and all(isinstance(name, str) and name for name in images)
     except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
         drops.setdefault("a sample without id, image or whole conversation", []).append(f"{where}: {str(sample)[:60]}")
         return
     if len(images) != 1:
@@ -81,7 +84,7 @@ def _take(records: dict, sample: dict, drops: Drops, where: str) -> None:
     category = text_of(sample.get("modality")) or "unknown"
     record = Record(images[0], Path(images[0]), category, Path(images[0]).stem.rpartition("_")[0], [])
     for turn, (text, answer) in enumerate(pairs):
-        text, answer = text_of(text.replace("<image>", "")), text_of(answer)
+        text = text_of(text.replace("<image>", ""))
         asked = question(number if turn == 0 else f"{number}/{turn + 1}", answer, text, derived_type(text, answer))
         add_question(records, record, asked, drops)
 

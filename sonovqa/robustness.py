@@ -21,7 +21,21 @@ from pathlib import Path
 
 import numpy as np
 
-from sonovqa import answering, answers, asking, choice, cli, comparing, dataset, files, measures, predictions, records, scoring
+from sonovqa import (
+    answer_limits,
+    answering,
+    answers,
+    asking,
+    choice,
+    cli,
+    comparing,
+    dataset,
+    files,
+    measures,
+    predictions,
+    records,
+    scoring,
+)
 from sonovqa import augmentation_effects as effects
 from sonovqa.cli import UserError, console
 from sonovqa.engines import ImageRequest
@@ -65,7 +79,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--adapter", action="store_true", help="each run's base with its adapter instead of its merged weights")
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=16, help="precision the weights are loaded in")
     parser.add_argument("--batch-images", type=int, default=8, help="images answered together")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="an answer's limit; a report has 8 times it")
+    parser.add_argument("--max-new-tokens", type=int, help="an answer's limit (unset: by what is asked); a report: 8 times it")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples of groups for intervals; 0: none")
     parser.add_argument("--seed", type=int, default=42, help="of noise, signs of gain, resamples and the draw of --limit")
     parser.add_argument("--out", type=Path, required=True, help="the record to write, ending in .json")
@@ -264,7 +278,9 @@ def curves(args: argparse.Namespace, about: Mapping) -> tuple[list[dict], dict]:
     """
     splits = dataset.load_undecoded(args.data)
     raw = splits[args.split] if args.limit is None else dataset.subset(splits[args.split], args.limit, args.seed)
-    majority = scoring.without_blind(*(asking.items_of(split, args.task) for split in (splits["train"], raw)))
+    train, asked = (asking.items_of(split, args.task) for split in (splits["train"], raw))
+    args.max_new_tokens = args.max_new_tokens or answer_limits.usual(asked, train)
+    majority = scoring.without_blind(train, asked)
     found, of_first, measured = [], {}, {}
     for run in args.runs:
         engine = functools.cache(functools.partial(_engine, args, run))  # loaded if something is left to ask

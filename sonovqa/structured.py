@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import chat, cli, extraction
+from sonovqa import answer_limits, chat, cli, extraction
 from sonovqa.answers import CANONICAL
 from sonovqa.cli import RESEARCH_NOTICE, UserError
 from sonovqa.questions import LIST, QUALITY, QUESTIONS, REPORT_ID, REPORT_PROMPTS, WEEKS, Question
@@ -99,7 +99,8 @@ _VALUE = fields({"name": text(60), "value": {"anyOf": [NUMBER, text(20)]}, "unit
 _ENTRIES = {"medications": listed(_MEDICATION, 16), "findings": listed(text(80), 16), "values": listed(_VALUE, 40)}
 #: By name. The extractions' prompts are those that a run on pages is trained with and scored by (`extraction.QUESTIONS`).
 TASKS: dict[str, Task] = {REPORT_ID: Task(REPORT_ID, _REPORT_PROMPT, _REPORT, 1024)} | {
-    name: Task(name, prompt, fields({name: _ENTRIES[name]}), 2048) for name, prompt in extraction.QUESTIONS.items()
+    name: Task(name, prompt, fields({name: _ENTRIES[name]}), answer_limits.EXTRACTION)
+    for name, prompt in extraction.QUESTIONS.items()
 }
 
 

@@ -7,8 +7,9 @@
     python -m sonovqa.tables --add outputs/bench/load-cpu.json --experiment load   # a benchmark's record
 
 A table stands between ``<!-- table: NAME | score | score -->`` and ``<!-- end of table -->``. NAME is an experiment, whose
-runs are shown with the scores named (`sonovqa.experiments_table.figure_of`), its comparisons, prompts and robustness below;
-or ``spine`` (runs of no experiment), ``bench`` (records of `sonovqa.bench`, outputs/records/bench-*.json) or ``families``
+runs are shown with the scores named (`sonovqa.experiments_table.figure_of`; ``speed`` stands for that of answering), its
+comparisons, prompts and robustness below; or
+``spine`` (runs of no experiment), ``bench`` (records of `sonovqa.bench`, outputs/records/bench-*.json) or ``families``
 (`sonovqa.families_table`).
 """
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from sonovqa.cli import UserError
-from sonovqa.files import replacing, sha256
+from sonovqa.hub_copies import image_file, parquet_rows
 from sonovqa.images import ImageFolder, NotFoundError
 from sonovqa.sheets import Drops, Unreadable, cell_text
 from sonovqa.sources import Loaded, Record, need_records, question
@@ -32,12 +31,12 @@ def vqa_rad(root: Path | None, extracted: Path, official: bool = False) -> Loade
     """
     if root is not None and (root / ANNOTATIONS).is_file():
         return _original(root, official)
-    tables = sorted((root if root is not None else _fetch()).rglob("*.parquet"))
-    if not tables:
+    folder = root if root is not None else _fetch()
+    if not any(folder.rglob("*.parquet")):
         raise UserError(
             f"no VQA-RAD in this folder; {root}; `{ANNOTATIONS}` beside `{IMAGES}`, or the hub copy's Parquet files; mend --root"
         )
-    return _hub_copy(tables, extracted, official)
+    return _hub_copy(folder, extracted, official)
 
 
 def _original(root: Path, official: bool) -> Loaded:
@@ -68,23 +67,22 @@ def _original(root: Path, official: bool) -> Loaded:
     return loaded
 
 
-def _hub_copy(tables: list[Path], extracted: Path, official: bool) -> Loaded:
+def _hub_copy(folder: Path, extracted: Path, official: bool) -> Loaded:
     """Rows of the hub's copy hold image, question and answer only: an image is told by its bytes, a type by the answer."""
     drops, records, told = {}, {}, []
-    for number, (split, row) in enumerate(_parquet_rows(tables)):
-        data, text, answer = row["image"]["bytes"], _text(row["question"]), _text(row["answer"])
-        name = sha256(data)[:16] + (".png" if data.startswith(b"\x89PNG") else ".jpg")
-        path = extracted / "images" / name
-        if not path.exists():
-            with replacing(path) as part:
-                part.write_bytes(data)
+    for number, (split, row) in enumerate(parquet_rows(folder, ("image", "question", "answer"))):
+        path = image_file(row["image"], extracted)
+        if path is None:
+            drops.setdefault("a row without an image", []).append(f"row {number}")
+            continue
+        name, text, answer = path.name, _text(row["question"]), _text(row["answer"])
         told.append((name, split))
         asked = question(str(number), answer, text, derived_type(text, answer))
         _add(records, Record(f"images/{name}", path, "Radiology", "", [], split=split if official else ""), asked, drops)
-    loaded = Loaded(list(records.values()), drops, {"kind": "vqa-rad", "root": str(tables[0].parent), "licence": "CC0-1.0"})
+    loaded = Loaded(list(records.values()), drops, {"kind": "vqa-rad", "root": str(folder), "licence": "CC0-1.0"})
     loaded.notes.append("the hub's copy has no image names and no answer types: grouped by the images' content, types derived")
     loaded.notes.append(official_leak(told))
-    need_records(loaded, str(tables[0].parent))
+    need_records(loaded, str(folder))
     return loaded
 
 
@@ -116,21 +114,6 @@ def derived_type(text: str, answer: str) -> str:
 def _text(value) -> str:
     text = cell_text(value)  # five answers of the release are numbers
     return "" if isinstance(text, Unreadable) else " ".join(text.split())
-
-
-def _parquet_rows(tables: list[Path]) -> Iterator[tuple[str, dict]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    for path in tables:
-        split = "test" if path.name.startswith("test") else "train"
-        try:
-            with pyarrow.parquet.ParquetFile(path) as table:
-                for batch in table.iter_batches(64, columns=["image", "question", "answer"]):
-                    yield from ((split, row) for row in batch.to_pylist())
-        except (pyarrow.ArrowException, OSError) as fault:
-            what = " ".join(str(fault).split())[:120]
-            raise UserError(f"the Parquet file cannot be read; {path}: {what}; the hub's copy; fetch it anew") from None
 
 
 def _fetch() -> Path:

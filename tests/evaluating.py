@@ -61,9 +61,10 @@ class FakeEngine:
     def __init__(self, data, rule, stop_after: int | None = None):
         rows = datasets.load_from_disk(str(data))["test"].remove_columns("image")
         self.truth = {(r["image_id"], q["question_id"]): q["answer"] for r in rows for q in r["questions"]}
-        self.rule, self.stop_after, self.asked = rule, stop_after, []
+        self.rule, self.stop_after, self.asked, self.limits = rule, stop_after, [], set()
 
     def answer(self, requests, max_new_tokens):
+        self.limits.add(max_new_tokens)
         for request in requests:
             for question_id, _ in request.prompts:
                 if self.stop_after is not None and len(self.asked) == self.stop_after:

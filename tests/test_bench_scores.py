@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from stand_in import StandIn
+from stand_in import StandIn, send
 from test_bench_answer import bench, case
 from test_report_html import Balanced
 
-from sonovqa import bench_answer, bench_answer_table, bench_cases, bench_report, bench_scores, files
+from sonovqa import (
+    answer_limits,
+    bench_answer,
+    bench_answer_table,
+    bench_cases,
+    bench_report,
+    bench_scores,
+    files,
+    predictions,
+    structured,
+)
 from sonovqa.bench_cases import ONE_AT_A_TIME, SHARED, VLLM, Scoring
 from sonovqa.cli import UserError
 
@@ -35,13 +46,14 @@ def test_every_precision_is_scored_once_on_the_same_rows_beside_its_baselines(sc
         overall = entry["overall"]
         assert overall["n"] == 24 and overall["interval"][0] <= overall["value"] <= overall["interval"][1]
         assert {"majority", "blind"} <= set(overall) and set(entry["questions"]) == {f"Q{n}" for n in range(1, 9)}
+        rows = predictions.read(Path(entry["folder"]) / "predictions.jsonl")
+        assert entry["new_tokens"] == 128 and entry["cut"] == sum(row["finish_reason"] == "length" for row in rows)
+        assert entry["cut"] == sum(about["cut"] for about in entry["questions"].values())
     told = bench_scores.verdicts(record["scores"])
     assert len(told) == 1 and "4 bits, local against" in told[0] and "16 bits, local: " in told[0]
 
 
 def predictions_of(entry: dict) -> set:
-    from sonovqa import predictions
-
     rows = predictions.read(Path(entry["folder"]) / "predictions.jsonl")
     return {(row["image_id"], row["question_id"], row["reference"]) for row in rows}
 
@@ -69,6 +81,42 @@ def test_tables_for_a_paper_and_the_page_say_what_was_asked_and_where(scored):
     parser = Balanced()
     parser.feed(page)
     assert not parser.open
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "limit"),
+    [("", 20, 128), ("open", 256, 128), ("open", 257, 256), ("open", 2000, 1024), ("open", 10**6, 2048), ("extraction", 9, 2048)],
+)
+def test_an_answers_limit_goes_by_what_is_asked_and_trained_on(kind, longest, limit):
+    asked = [Item(kind, "normal"), Item("closed", "yes")]
+    assert answer_limits.usual(asked, [Item(kind, "x" * longest), Item("closed", "no")]) == limit
+    assert structured.TASKS["values"].max_tokens == answer_limits.usual([Item("extraction", "")])
+
+
+@dataclass
+class Item:
+    answer_type: str
+    reference: str
+
+
+def test_scored_answers_that_were_cut_are_counted_and_said(data, tmp_path):
+    record = tmp_path / "r.json"
+    with StandIn(lambda prompt, attempt: cut_short) as server:
+        words = ("--engines", VLLM, "--endpoint", server.url, "--data", data, "--rows", 1, "--new-tokens", 4, "--scores", 1)
+        assert bench(record, *words, "--scores-new-tokens", 9) == 0
+    assert {body["max_tokens"] for body in server.bodies} == {4, 9}
+    (entry,) = files.read_json(record)["scores"]
+    assert (entry["new_tokens"], entry["asked"], entry["cut"], entry["questions"]["Q1"]["cut"]) == (9, 8, 8, 1)
+    note = "8 of 8 answers (100.0%) were cut at the token limit; raise --scores-new-tokens above 9"
+    assert note in record.with_suffix(".md").read_text() and note in record.with_suffix(".html").read_text()
+    with pytest.raises(UserError, match="--scores-new-tokens 9; nothing is scored"):
+        bench(tmp_path / "other.json", "--model", "a", "--scores-new-tokens", 9)
+
+
+def cut_short(handler) -> None:
+    choice = {"index": 0, "message": {"role": "assistant", "content": "nor"}, "finish_reason": "length"}
+    send(handler, 200, {"id": "1", "object": "chat.completion", "created": 1, "model": "run", "choices": [choice],
+                        "usage": {"prompt_tokens": 1, "completion_tokens": 9, "total_tokens": 10}})  # fmt: skip
 
 
 def test_an_endpoint_is_scored_as_it_answers(data, tmp_path):

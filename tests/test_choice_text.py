@@ -87,6 +87,44 @@ def test_tables_that_cannot_be_used_are_said_in_a_line(tmp_path, rows, flags, to
     assert "\n" not in str(mistake.value)
 
 
+RAGGED = "a row with more or fewer cells than the header: a text with a comma needs quotes around it"
+
+
+@pytest.mark.parametrize(
+    ("extra", "dropped"),
+    [
+        ("The heart, is fine,normal", "t.csv row 2: 3 cells, not 2"),  # pandas: text "is fine", label "normal"
+        ("The heart is fine,normal,", "t.csv row 2: 3 cells, not 2"),
+        ("The heart is fine", "t.csv row 2: 1 cells, not 2"),
+    ],
+)
+def test_a_row_with_a_cell_too_many_or_too_few_is_listed_and_shifts_nothing(tmp_path, extra, dropped):
+    rows = "".join(f"note {n}.,{'ab'[n % 2]}\n" for n in range(12))
+    (tmp_path / "t.csv").write_text(f'text,label\n{extra}\n{rows}\n"The head, too",a\nlate, a,b\n')
+    about = prepared(tmp_path / "t.csv", tmp_path / "out")
+    assert about["dropped"] == {RAGGED: [dropped, "t.csv row 17: 3 cells, not 2"]}, "row 15 is empty, as a spreadsheet shows it"
+    asked = [row["questions"][0] for split in dataset.load(tmp_path / "out").values() for row in split]
+    assert {(q["question"], q["answer"]) for q in asked} == {("The head, too", "a")} | {
+        (f"note {n}.", "ab"[n % 2]) for n in range(12)
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('text,label\na,x\n"b,y\n', "cannot be read; .*after row 2: unexpected end of data"),
+        ("text,label,Text\na,x,b\n", "has two of text"),
+        ("\ntext,label\na,x\n", "no header"),
+        ("", "no header"),
+    ],
+)
+def test_a_table_of_which_nobody_can_say_what_stands_where_is_refused(tmp_path, text, told):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=told) as mistake:
+        prepared(tmp_path / "t.csv", tmp_path / "out")
+    assert "\n" not in str(mistake.value)
+
+
 def test_a_table_that_is_no_utf_8_is_said_in_a_line(tmp_path):
     (tmp_path / "t.csv").write_bytes("text,label\nVäinö,a\n".encode("latin-1"))
     with pytest.raises(UserError, match="a CSV file in UTF-8"):

@@ -14,7 +14,7 @@ PINS = {"torch": "2.13.0", "transformers": "5.17.0", "trl": "1.14.0", "bitsandby
         "unsloth": "2026.10.7", "pytest": "9.2.0"}  # fmt: skip
 H200 = {
     "python": "3.12.4", "machine": "Linux x86_64",
-    "driver_gpus": [{"name": "NVIDIA H200", "driver": "580.95.05"}],
+    "driver_gpus": [{"name": "NVIDIA H200", "driver": "580.95.05"}], "driver_fault": None,
     "torch": {"version": "2.13.0+cu130", "cuda": "13.0", "architectures": ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]},
     "gpu": {"name": "NVIDIA H200", "count": 1, "capability": [9, 0], "integrated": False, "total": 150e9, "free": 149e9},
     "memory": {"total": 137e9, "free": 120e9}, "disk": {"outputs": 60e9, "~/.cache/huggingface/hub": 60e9},
@@ -92,6 +92,38 @@ def test_a_gpu_that_torch_cannot_use_is_missing(changes, told, way_out):
     (check,) = found(machine(gpu=None, **changes), "GPU")
     assert check.state == MISSING and "NVIDIA H200 is there, but" in check.found
     assert told in check.found and way_out in check.way_out
+
+
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
+
+
+@pytest.mark.parametrize(
+    ("script", "listed", "fault"),
+    [
+        (f"echo '{MISMATCH}'; echo 'NVML library version: 580.95'; exit 18", [], f"{MISMATCH} (exit 18)"),
+        ("echo 'No devices were found'", [], "No devices were found"),
+        ("echo 'cannot talk to the driver.' >&2; exit 9", [], "cannot talk to the driver (exit 9)"),
+        ("true", [], "it lists no GPU"),
+        ("exec sleep 5", [], "no answer in 0 s"),
+        ("echo 'A, B, 580.1'; echo; echo 'Unable to reach 1: Unknown Error'", [{"name": "A, B", "driver": "580.1"}], None),
+        (None, [], None),
+    ],
+)
+def test_what_nvidia_smi_says_is_kept_whatever_it_says(script, listed, fault, tmp_path, monkeypatch):
+    if script is not None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if script else str(tmp_path))
+    monkeypatch.setattr(doctor_probe, "NVIDIA_SMI_SECONDS", 0.3 if script == "exec sleep 5" else 20.0)
+    assert doctor_probe.ask_driver() == (listed, fault) and doctor_probe.driver_gpus() == listed
+
+
+def test_a_driver_that_fails_is_missing_and_not_no_gpu():
+    (check,) = found(machine(gpu=None, driver_gpus=[], driver_fault=f"{MISMATCH} (exit 18)"), "GPU")
+    assert check.state == MISSING and check.found == f"nvidia-smi fails: {MISMATCH} (exit 18)" and "reboot" in check.way_out
+    usable = machine(driver_gpus=[], driver_fault="no answer in 30 s")
+    assert [check.state for check in found(usable, "driver")] == [NOTE] and found(usable, "GPU")[0].state == OK
 
 
 def test_no_gpu_at_all_is_a_note():

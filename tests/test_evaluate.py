@@ -11,7 +11,7 @@ import random
 
 import datasets
 import pytest
-from evaluating import PLANES, STRUCTURES, WEEKS, FakeEngine, data, no_report, perfect, run  # noqa: F401 - fixtures
+from evaluating import PLANES, STRUCTURES, WEEKS, FakeEngine, a_row, data, no_report, perfect, run  # noqa: F401 - fixtures
 from PIL import Image
 
 import evaluate
@@ -158,6 +158,21 @@ def test_report_is_scored_by_section(run, data):
     assert scores["report"]["metrics"]["completeness"]["value"] == pytest.approx(3 / 5)
     assert scores["questions"]["Q3"]["metrics"]["accuracy"]["blind"]["value"] == pytest.approx(1 / 3)
     assert "completeness" in shown
+
+
+@pytest.mark.parametrize(("flags", "limit"), [((), 2048), (("--max-new-tokens", "64"), 64)])
+def test_the_limit_goes_by_what_is_asked_unless_given(tmp_path, monkeypatch, flags, limit):
+    entry = {"question_id": "findings", "question": "List them.", "answer": '{"findings": []}', "label": ""}
+    rows = [a_row(n) | {"questions": [entry | {"answer_type": "extraction"}]} for n in range(4)]
+    split = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "pages"))
+    files.write_json(tmp_path / "pages" / "dataset.json", {"fingerprint": "p"})
+    engine, out = FakeEngine(tmp_path / "pages", lambda *asked: '{"findings": []}'), tmp_path / "eval"
+    monkeypatch.setattr(evaluate, "open_engine", lambda args: engine)
+    words = ["m", "--data", str(tmp_path / "pages"), "--resamples", "0", *flags]
+    assert evaluate.main([*words, "--out", str(out)]) == 0 and evaluate.prompts([*words, "--out", str(tmp_path / "all")]) == 0
+    assert engine.limits == {limit} and files.read_json(out / "settings.json")["max_new_tokens"] == limit
+    assert files.read_json(out / "scores.json")["arguments"]["max_new_tokens"] == limit
 
 
 def test_answers_cut_at_the_limit_are_said(run):

@@ -133,6 +133,15 @@ def test_the_table_says_of_every_family_what_was_run():
     assert all(("test_vllm" in told[kind][-1]) != bool(family.not_served) for kind, family in families.FAMILIES.items())
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+def test_the_last_vllm_that_served_a_family_is_the_one_of_its_registry():
+    """Its message is "was supported in vLLM until v…", so the version there still served it."""
+    registry = Path(importlib.util.find_spec("vllm").origin).parent / "model_executor" / "models" / "registry.py"
+    told = families.FAMILIES["mllama"].not_served
+    assert told.startswith("supported until vLLM ")
+    assert f'"MllamaForConditionalGeneration": "{told.split()[-1]}"' in registry.read_text()
+
+
 def test_a_family_that_is_not_tested_says_so(monkeypatch):
     monkeypatch.setattr(families_table, "TESTED", ())
     assert all(line[6] == "not run" and "tests/" not in line[5] + line[8] for line in families_table.rows()[1:])

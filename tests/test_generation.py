@@ -10,7 +10,8 @@ from conftest import noise_image
 from tiny_families import FAMILIES
 
 from sonovqa import chat, families, generation
-from sonovqa.engines import ImageRequest
+from sonovqa.cli import UserError
+from sonovqa.engines import ImageRequest, LabelRequest
 from sonovqa.generation import LocalEngine, stream
 
 PROMPTS = [
@@ -80,6 +81,26 @@ def test_cut_answers_say_so(tokenizer):
     replies = list(LocalEngine(model, processor).answer([request], max_new_tokens=2))
     assert {(r.finish_reason, r.new_tokens) for r in replies} <= {("length", 2), ("stop", 1), ("stop", 2)}
     assert any(r.finish_reason == "length" for r in replies)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_a_gpu_without_memory_ends_answering_in_a_line_that_names_the_way_out(family, tokenizer, monkeypatch):
+    model, processor = FAMILIES[family](tokenizer)
+    image, engine = noise_image(64, 64, 1), LocalEngine(model.eval(), processor)
+
+    def full(*arguments, **more):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a\ntotal capacity of 16 GiB")
+
+    monkeypatch.setattr(torch.nn.Embedding, "forward", full)  # a model's own has a signature that generate() goes by
+    weighed = LabelRequest("a", png(image), None, (("Q7", "Is it normal?", ("normal", "abnormal")),))
+    for ask in (
+        lambda: engine.answer([ImageRequest("a", png(image), None, tuple(PROMPTS))], 3),
+        lambda: engine.likelihoods([weighed]),
+        lambda: stream(model, processor, chat.messages(image, "Is it normal?"), 3),
+    ):
+        with pytest.raises(UserError, match=r"memory is full; .*2.00 GiB; .*--batch-images 1.*--max-pixels.*--bits 4") as mistake:
+            list(ask())
+        assert "\n" not in str(mistake.value)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

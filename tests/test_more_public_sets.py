@@ -72,6 +72,27 @@ def test_path_vqa_official_split_is_kept_and_its_leak_named(tmp_path, path_vqa):
     assert about["leakage"]["test_questions_on_images_outside_test"] == 2
 
 
+def bare(path, images):
+    """A file whose image column is whatever ``images`` holds, as an export by another tool may have it."""
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True)
+    rows = [{"image": image, "question": "what is seen?", "answer": f"answer {n}"} for n, image in enumerate(images)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.mark.parametrize("kind", ["path-vqa", "vqa-rad"])
+def test_an_image_column_of_plain_bytes_is_read_and_any_other_refused(tmp_path, kind):
+    bare(tmp_path / "bytes" / "train-0.parquet", [*map(encoded, range(4)), None])
+    rows, about = prepare(tmp_path / "out", kind, "--root", tmp_path / "bytes")
+    assert len(rows) == 4 and about["dropped"] == {"a row without an image": ["row 4"]}
+    for name, images in (("text", ["images/a.jpg"]), ("list", [[1, 2]]), ("inside", [{"bytes": "text", "path": None}])):
+        bare(tmp_path / name / "train-0.parquet", images)
+        with pytest.raises(UserError, match=r"the image column holds no images but (str|list); .*--root") as mistake:
+            prepare(tmp_path / "other", kind, "--root", tmp_path / name)
+        assert "\n" not in str(mistake.value)
+
+
 @pytest.fixture
 def medpix(tmp_path):
     types = {"image_id": "image", "case_id": "string", "question": "string", "answer": "string", "ans_len": "int32"}
@@ -151,6 +172,22 @@ def test_pubmedvision_keeps_long_answers(tmp_path, figures):
     dropped = {reason.split(":")[0]: len(items) for reason, items in about["dropped"].items()}
     assert sorted(dropped.values()) == [1, 1, 2] and dropped["a sample about several images"] == 1
     assert any("none was left out or cut" in note for note in about["notes"])
+
+
+def test_pubmedvision_samples_that_lack_something_are_listed(tmp_path, figures):
+    def said(*values):
+        return [{"from": speaker, "value": value} for speaker, value in zip(("human", "gpt"), values, strict=True)]
+
+    answers = [("What?", None), (None, "A cell."), ("What?", ["a"]), ("How many?", 5)]
+    made = [sample(n, ["images/pmc_0_0.jpg"], conversations=said(*pair)) for n, pair in enumerate(answers)]
+    made += [sample(7, images) for images in ([None], [5], 5, [], {}, [""])]
+    made += [sample(8, ["images/pmc_0_0.jpg"], conversations=[])]
+    made += [sample(30 + n, [f"images/pmc_{n}_0.jpg"], f"{n} {LONG}") for n in range(2, 6)]
+    (figures / "PubMedVision_Alignment_VQA.json").write_text(json.dumps(made))
+    rows, about = prepare(tmp_path / "out", "pubmedvision", "--root", figures)
+    assert [q["answer"] for row in rows for q in row["questions"] if q["question"] == "How many?"] == ["5"]
+    dropped = {reason: len(items) for reason, items in about["dropped"].items()}
+    assert dropped == {"a question without text or answer": 3, "a sample without id, image or whole conversation": 7}
 
 
 def test_pubmedvision_unpacks_no_more_than_asked(tmp_path, figures):

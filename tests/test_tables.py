@@ -59,6 +59,24 @@ def test_a_row_holds_all_seeds_with_scores_beside_their_baselines(tmp_path):
     assert told["record"].count("outputs/records/tiny-3-A-s") == 2
 
 
+def test_the_speed_of_answering_stands_in_its_column_where_records_have_it(tmp_path):
+    found = {}
+    for seed, speed in ((1, {"answers_per_second": 180.25, "peak_memory_bytes": 8e8}), (2, {"answers_per_second": 190.25})):
+        run = run_folder(tmp_path, f"choice-s{seed}", seed, 0.6)
+        files.write_json(run / "eval-test-Q7" / "scores.json", evaluation(0.6, speed=speed))
+        found[f"{run.name}.json"] = experiments_records.record_of(run)
+    assert found["choice-s1.json"]["evaluations"]["eval-test-Q7"]["speed"]["answers_per_second"] == 180.25
+    old = experiments_records.record_of(run_folder(tmp_path, "old-s1", 1, 0.6))
+    for one in old["evaluations"].values():
+        one["speed"] = None  # answers that were made elsewhere, or before speeds were kept
+    head, new, before = experiments_table.rows(found | {"old-s1.json": old}, ["Q7", experiments_table.SPEED])
+    at = head.index("answering: answers/s, peak memory")
+    assert (new[at], before[at]) == ("185.2 (180.2, 190.2), 0.8 GB", "-") and len(head) == len(new)
+    assert experiments_table.rows({"old-s1.json": old}, ["Q7", experiments_table.SPEED]) == experiments_table.rows(
+        {"old-s1.json": old}, ["Q7"]
+    )
+
+
 def test_a_record_is_small_names_no_folder_of_the_machine_and_belongs_to_all_its_experiments(tmp_path):
     run = run_folder(tmp_path, "all", 1, 0.6, live=[0])
     for name in ("5", "1", "1"):

@@ -97,13 +97,20 @@ def _row(name: str, same: Mapping[str, Mapping], specs: Sequence[str]) -> list[s
         ", ".join(str(record["arguments"]["seed"]) for record in runs),
         f"{first['training']['trainable_parameters']:,}" if "trainable_parameters" in first["training"] else "",
         f"{mean(one['answers_per_second'] for one in made):.1f}",
-        records.duration(mean(one["seconds"] for one in made)),
+        f"{records.duration(mean(one['seconds'] for one in made))}{_box(runs)}",
         records.gigabytes(max(one["peak_memory_bytes"] for one in made)),
         f"`{first['command']}`" if first.get("command") else "",
         max(record["finished"] for record in runs)[:10],
         ", ".join(f"[{path if len(same) == 1 else record['arguments']['seed']}](outputs/records/{path})"
                   for path, record in same.items()),
     ]  # fmt: skip
+
+
+def _box(runs: Sequence[Mapping]) -> str:
+    """What the runs were trained on, behind their time: ``, NVIDIA H200`` or ``, 64 CPUs``; of several all."""
+    found = [record["device"] for record in runs if record.get("device")]
+    told = {one["name"] if "NVIDIA" in one["name"] else f"{one['cpus']} CPUs" for one in found}
+    return f", {' and '.join(sorted(told))}" if told else ""
 
 
 def _data(record: Mapping) -> str:

@@ -22,6 +22,7 @@ import argparse
 import functools
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
     flags.add_resampling(how)
     how.add_argument("--out", type=Path, help="folder for all results (unset: outputs/<run>/eval-<split>)")
     how.add_argument("--fresh", action="store_true", help="throw away what --out holds and ask everything anew")
-    parser.set_defaults(confidence=False, abstain_below=None, most_useful=None, images=None)
+    parser.set_defaults(blind=False, confidence=False, abstain_below=None, most_useful=None, images=None)
     if not several:
         flags.add_scoring(how)
         what.add_argument("--blind", action=flags.FLAG, default=True, help="ask again with grey images, one a prompt and size")
@@ -114,14 +115,16 @@ def check(args: argparse.Namespace) -> None:
     cli.check(problems)
 
 
-def open_engine(args: argparse.Namespace):
-    """The engine that answers, loaded now."""
+def open_engine(args: argparse.Namespace, raw=None, items: Sequence[asking.Item] = ()):
+    """The engine that answers, loaded now; ``raw`` and ``items`` are what it will be asked, if that fits its memory."""
     if args.endpoint:
         return answering.open_endpoint(args)
     from sonovqa.models import load_for_inference
 
     name, adapter = answering.model_of(args)
-    model, processor = load_for_inference(name, args.bits, adapter, (args.min_pixels, args.max_pixels))
+    batch = asking.batch_of(raw, items, args.batch_images, args.max_new_tokens, args.blind, bool(choice.behind(args.run)))
+    batch = replace(batch, share=args.shared_prefix, alone="--no-shared-prefix")
+    model, processor = load_for_inference(name, args.bits, adapter, (args.min_pixels, args.max_pixels), batch)
     return answering.engine_of(args.run, model, processor, args.batch_images, args.shared_prefix)
 
 
@@ -151,7 +154,7 @@ def evaluate(argv: list[str]) -> int:
     out = answering.output_folder(args)
     predictions.claim(out, answering.settings_of(args, about), args.fresh)
     endpoint_cost.agree(args, raw, items, out, args.blind and not texts)
-    engine = functools.cache(lambda: asking.timed(open_engine, args))  # loaded if and when it is needed
+    engine = functools.cache(lambda: asking.timed(open_engine, args, raw, items))  # loaded if and when it is needed
     by_key, blind = asking.ask_all(raw, items, out, engine, args.blind and not texts, args.max_new_tokens)
     rows, labels = list(by_key.values()), confidence.Labels(prompt_variants.wordings(train, args.prompt))
     baselines = replace(scoring.without_blind(train, items), blind=blind)
@@ -258,7 +261,7 @@ def prompts(argv: list[str]) -> int:
     splits, about, raw = read_data(args)
     folder = answering.output_folder(args)
     out = args.out or folder.with_name(f"{folder.name}-prompts")
-    engine = functools.cache(lambda: asking.timed(open_engine, args))
+    engine = functools.cache(lambda: asking.timed(open_engine, args, raw, items))  # of the first prompts that are asked
     rows = {}
     for name, questions in names.items():
         asked = ",".join(f"{question}={name}" for question in sorted(questions))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from sonovqa import chat, cli, files, images, predictions, records
 from sonovqa.endpoint_faults import REFUSED, UNREACHED
 from sonovqa.engines import Engine, ImageRequest, Reply
+from sonovqa.memory_peak import Batch
 from sonovqa.predictions import Key
 from sonovqa.questions import QUESTIONS, REPORT_ID
 
@@ -80,6 +83,32 @@ def image_bytes(raw_split, row: int) -> bytes | None:
 def image_sizes(raw_split, rows: Iterable[int]) -> dict[int, Size | None]:
     """Width and height of images in pixels as they are shown (EXIF rotation applied), by the files' heads; ``None``: a text."""
     return {row: images.size_of(image_bytes(raw_split, row)) if raw_split[row]["image"] else None for row in rows}
+
+
+def batch_of(raw, items: Sequence[Item], images: int, max_new_tokens: int, blind: bool = False, head: bool = False) -> Batch:
+    """The most that a local engine has in work at one time, as the check of memory before loading wants it.
+
+    Args:
+        raw: the split, images not decoded. items: its questions.
+        images: answered together.
+        max_new_tokens: as `ask_all` takes it.
+        blind: whether every distinct prompt is asked about a grey image of each size too.
+        head: whether a choice head answers.
+    """
+    sizes = dict.fromkeys({item.row for item in items})
+    for row in sizes:
+        with contextlib.suppress(OSError):  # one that cannot be read is a failed reply later
+            sizes |= image_sizes(raw, [row])
+    asked = Counter(item.row for item in items)
+    if blind:
+        asked |= Counter(image for image, _ in blind_items((i for i in items if sizes[i.row]), sizes))
+    return Batch(
+        images=images,
+        questions=max(asked.values(), default=1),
+        new_tokens=0 if head else _limit(items, max_new_tokens),
+        pixels=max((width * height for width, height in filter(None, sizes.values())), default=None),
+        letters=max((len(item.prompt) for item in items), default=0),
+    )
 
 
 def mean_grey(raw_split, sample: int = 64) -> int:
@@ -246,7 +275,7 @@ def ask_all(raw, items: Sequence[Item], out: Path, engine: Callable[[], tuple[En
     plans = [("predictions.jsonl", {item.key: (item, sizes[item.row]) for item in items}, False)]
     if blind:
         plans.append(("blind.jsonl", blind_items(items, sizes), True))
-    limit = max_new_tokens * (len(QUESTIONS) if any(item.question_id == REPORT_ID for item in items) else 1)
+    limit = _limit(items, max_new_tokens)
     for name, asked, grey in plans:
         done = predictions.latest(predictions.read(out / name))
         todo = {key: value for key, value in asked.items() if key not in done or done[key]["error"] is not None}
@@ -255,6 +284,10 @@ def ask_all(raw, items: Sequence[Item], out: Path, engine: Callable[[], tuple[En
             ask(engine()[0], put, todo, out / name, limit, grey, engine()[1])
     rows = {name: predictions.latest(predictions.read(out / name)) for name, _, _ in plans}
     return {key: rows["predictions.jsonl"][key] for key in plans[0][1]}, rows.get("blind.jsonl")
+
+
+def _limit(items: Iterable[Item], max_new_tokens: int) -> int:
+    return max_new_tokens * (len(QUESTIONS) if any(item.question_id == REPORT_ID for item in items) else 1)
 
 
 def speed(folder: Path) -> dict | None:

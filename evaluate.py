@@ -22,9 +22,10 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from sonovqa import (
     answering,
@@ -115,14 +116,16 @@ def check(args: argparse.Namespace) -> None:
     cli.check(problems)
 
 
-def open_engine(args: argparse.Namespace, raw=None, items: Sequence[asking.Item] = ()):
-    """The engine that answers, loaded now; ``raw`` and ``items`` are what it will be asked, if that fits its memory."""
+def open_engine(
+    args: argparse.Namespace, items: Sequence[asking.Item] = (), sizes: Mapping[int, asking.Size | None] = MappingProxyType({})
+):
+    """The engine that answers, loaded now if there is memory for ``items``, what it will be asked about images of ``sizes``."""
     if args.endpoint:
         return answering.open_endpoint(args)
     from sonovqa.models import load_for_inference
 
     name, adapter = answering.model_of(args)
-    batch = asking.batch_of(raw, items, args.batch_images, args.max_new_tokens, args.blind, bool(choice.behind(args.run)))
+    batch = asking.batch_of(items, sizes, args.batch_images, args.max_new_tokens, args.blind, bool(choice.behind(args.run)))
     batch = replace(batch, share=args.shared_prefix, alone="--no-shared-prefix")
     model, processor = load_for_inference(name, args.bits, adapter, (args.min_pixels, args.max_pixels), batch)
     return answering.engine_of(args.run, model, processor, args.batch_images, args.shared_prefix)
@@ -154,8 +157,9 @@ def evaluate(argv: list[str]) -> int:
     out = answering.output_folder(args)
     predictions.claim(out, answering.settings_of(args, about), args.fresh)
     endpoint_cost.agree(args, raw, items, out, args.blind and not texts)
-    engine = functools.cache(lambda: asking.timed(open_engine, args, raw, items))  # loaded if and when it is needed
-    by_key, blind = asking.ask_all(raw, items, out, engine, args.blind and not texts, args.max_new_tokens)
+    sizes = asking.image_sizes(raw, sorted({item.row for item in items}))
+    engine = functools.cache(lambda: asking.timed(open_engine, args, items, sizes))  # loaded if and when it is needed
+    by_key, blind = asking.ask_all(raw, items, out, engine, args.blind and not texts, args.max_new_tokens, sizes)
     rows, labels = list(by_key.values()), confidence.Labels(prompt_variants.wordings(train, args.prompt))
     baselines = replace(scoring.without_blind(train, items), blind=blind)
     scores = scoring.score(rows, baselines, args.resamples, args.seed, wording)
@@ -261,7 +265,8 @@ def prompts(argv: list[str]) -> int:
     splits, about, raw = read_data(args)
     folder = answering.output_folder(args)
     out = args.out or folder.with_name(f"{folder.name}-prompts")
-    engine = functools.cache(lambda: asking.timed(open_engine, args, raw, items))  # of the first prompts that are asked
+    sizes = asking.image_sizes(raw, range(len(raw)))
+    engine = functools.cache(lambda: asking.timed(open_engine, args, items, sizes))  # of the first prompts that are asked
     rows = {}
     for name, questions in names.items():
         asked = ",".join(f"{question}={name}" for question in sorted(questions))
@@ -271,7 +276,7 @@ def prompts(argv: list[str]) -> int:
         endpoint_cost.agree(args, raw, items, out / name, False)
         settings = answering.settings_of(argparse.Namespace(**vars(args) | {"prompt": name}), about)
         predictions.claim(out / name, settings, args.fresh)
-        rows[name] = list(asking.ask_all(raw, items, out / name, engine, False, args.max_new_tokens)[0].values())
+        rows[name] = list(asking.ask_all(raw, items, out / name, engine, False, args.max_new_tokens, sizes)[0].values())
     baselines = scoring.without_blind(asking.items_of(splits["train"], args.task), [])
     made = consistency.measure(consistency.sides_of(rows), prompt_variants.variants(own), baselines, args.resamples, args.seed)
     files.write_json(out / "prompts.json", made | {"trained_with": own, **stamp(args)})

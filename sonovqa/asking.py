@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import time
 from collections import Counter
@@ -85,23 +84,20 @@ def image_sizes(raw_split, rows: Iterable[int]) -> dict[int, Size | None]:
     return {row: images.size_of(image_bytes(raw_split, row)) if raw_split[row]["image"] else None for row in rows}
 
 
-def batch_of(raw, items: Sequence[Item], images: int, max_new_tokens: int, blind: bool = False, head: bool = False) -> Batch:
+def batch_of(items: Sequence[Item], sizes: Mapping[int, Size | None], images: int, max_new_tokens: int,
+             blind: bool = False, head: bool = False) -> Batch:  # fmt: skip
     """The most that a local engine has in work at one time, as the check of memory before loading wants it.
 
     Args:
-        raw: the split, images not decoded. items: its questions.
+        items: the questions. sizes: of their images, see `image_sizes`.
         images: answered together.
         max_new_tokens: as `ask_all` takes it.
         blind: whether every distinct prompt is asked about a grey image of each size too.
         head: whether a choice head answers.
     """
-    sizes = dict.fromkeys({item.row for item in items})
-    for row in sizes:
-        with contextlib.suppress(OSError):  # one that cannot be read is a failed reply later
-            sizes |= image_sizes(raw, [row])
     asked = Counter(item.row for item in items)
     if blind:
-        asked |= Counter(image for image, _ in blind_items((i for i in items if sizes[i.row]), sizes))
+        asked |= Counter(image for image, _ in blind_items((i for i in items if sizes.get(i.row)), sizes))
     return Batch(
         images=images,
         questions=max(asked.values(), default=1),
@@ -258,7 +254,8 @@ def progress() -> Progress:
 
 
 def ask_all(raw, items: Sequence[Item], out: Path, engine: Callable[[], tuple[Engine, float]], blind: bool,
-            max_new_tokens: int) -> tuple[dict[Key, dict], dict[Key, dict] | None]:  # fmt: skip
+            max_new_tokens: int, sizes: Mapping[int, Size | None] | None = None,
+            ) -> tuple[dict[Key, dict], dict[Key, dict] | None]:  # fmt: skip
     """Ask what has no answer yet, the images' questions and then the grey ones.
 
     Args:
@@ -267,11 +264,12 @@ def ask_all(raw, items: Sequence[Item], out: Path, engine: Callable[[], tuple[En
         engine: gives the engine and the seconds it took to load; called only if something is left to ask.
         blind: whether the grey images are asked too.
         max_new_tokens: an answer's limit; a report holds eight answers and has eight times it.
+        sizes: of the images; ``None``: `image_sizes` reads them.
 
     Returns:
         The items' rows by key, and the blind ones by `blind_key` or ``None``.
     """
-    sizes = image_sizes(raw, sorted({item.row for item in items}))
+    sizes = image_sizes(raw, sorted({item.row for item in items})) if sizes is None else sizes
     plans = [("predictions.jsonl", {item.key: (item, sizes[item.row]) for item in items}, False)]
     if blind:
         plans.append(("blind.jsonl", blind_items(items, sizes), True))

@@ -186,8 +186,8 @@ def _engine(args: argparse.Namespace, run: str, raw):
     from sonovqa.models import load_for_inference
 
     name, adapter = answering.model_of(_who(args, run))
-    head = choice.behind(run) is not None
-    batch = asking.batch_of(raw, _items(args, raw, run)[0], args.batch_images, args.max_new_tokens, head=head)
+    sizes, head = asking.image_sizes(raw, range(len(raw))), choice.behind(run) is not None
+    batch = asking.batch_of(_items(args, raw, run)[0], sizes, args.batch_images, args.max_new_tokens, head=head)
     model, processor = load_for_inference(name, args.bits, adapter, (None, None), batch)
     return answering.engine_of(run, model, processor, args.batch_images)
 

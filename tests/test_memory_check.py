@@ -211,14 +211,14 @@ def test_an_adapter_brings_its_budget_and_its_matrices(base, tmp_path, monkeypat
 
 def test_the_batch_of_a_split_is_its_largest_image_most_questions_and_longest_prompt(data):
     raw = dataset.load_undecoded(data)["test"]
-    items = asking.items_of(raw)
-    batch = asking.batch_of(raw, items, 8, 100)
+    items, sizes = asking.items_of(raw), asking.image_sizes(raw, range(len(raw)))
+    batch = asking.batch_of(items, sizes, 8, 100)
     assert batch == Batch(8, len(QUESTIONS), 100, 96 * 64, max(len(item.prompt) for item in items))
-    assert asking.batch_of(raw, items, 8, 100, head=True).new_tokens == 0
-    assert asking.batch_of(raw, asking.items_of(raw, "report"), 8, 100).new_tokens == 8 * 100
-    assert asking.batch_of(raw, asking.items_of(raw, "Q7"), 8, 100).questions == 1
+    assert asking.batch_of(items, sizes, 8, 100, head=True).new_tokens == 0
+    assert asking.batch_of(asking.items_of(raw, "report"), sizes, 8, 100).new_tokens == 8 * 100
+    assert asking.batch_of(asking.items_of(raw, "Q7"), sizes, 8, 100).questions == 1
     other = [replace(item, prompt=f"{item.image_id} {item.prompt}") for item in items]
-    assert asking.batch_of(raw, other, 8, 100, blind=True).questions == len(items), "all are asked about one grey image"
+    assert asking.batch_of(other, sizes, 8, 100, blind=True).questions == len(items), "all are asked about one grey image"
 
 
 @pytest.fixture

@@ -22,8 +22,10 @@ import argparse
 import functools
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from sonovqa import (
     answer_limits,
@@ -48,7 +50,6 @@ from sonovqa import (
     predictions,
     prompt_variants,
     provenance,
-    records,
     report_html,
     scoretable,
     scoring,
@@ -84,7 +85,7 @@ def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
     flags.add_resampling(how)
     how.add_argument("--out", type=Path, help="folder for all results (unset: outputs/<run>/eval-<split>)")
     how.add_argument("--fresh", action="store_true", help="throw away what --out holds and ask everything anew")
-    parser.set_defaults(confidence=False, abstain_below=None, most_useful=None, images=None)
+    parser.set_defaults(blind=False, confidence=False, abstain_below=None, most_useful=None, images=None)
     if not several:
         flags.add_scoring(how)
         what.add_argument("--blind", action=flags.FLAG, default=True, help="ask again with grey images, one a prompt and size")
@@ -115,14 +116,18 @@ def check(args: argparse.Namespace) -> None:
     cli.check(problems)
 
 
-def open_engine(args: argparse.Namespace):
-    """The engine that answers, loaded now."""
+def open_engine(
+    args: argparse.Namespace, items: Sequence[asking.Item] = (), sizes: Mapping[int, asking.Size | None] = MappingProxyType({})
+):
+    """The engine that answers, loaded now if there is memory for ``items``, what it will be asked about images of ``sizes``."""
     if args.endpoint:
         return answering.open_endpoint(args)
     from sonovqa.models import load_for_inference
 
     name, adapter = answering.model_of(args)
-    model, processor = load_for_inference(name, args.bits, adapter, (args.min_pixels, args.max_pixels))
+    batch = asking.batch_of(items, sizes, args.batch_images, args.max_new_tokens, args.blind, bool(choice.behind(args.run)))
+    batch = replace(batch, share=args.shared_prefix, alone="--no-shared-prefix")
+    model, processor = load_for_inference(name, args.bits, adapter, (args.min_pixels, args.max_pixels), batch)
     return answering.engine_of(args.run, model, processor, args.batch_images, args.shared_prefix)
 
 
@@ -153,8 +158,9 @@ def evaluate(argv: list[str]) -> int:
     out = answering.output_folder(args)
     predictions.claim(out, answering.settings_of(args, about), args.fresh)
     endpoint_cost.agree(args, raw, items, out, args.blind and not texts)
-    engine = functools.cache(lambda: asking.timed(open_engine, args))  # loaded if and when it is needed
-    by_key, blind = asking.ask_all(raw, items, out, engine, args.blind and not texts, args.max_new_tokens)
+    sizes = asking.image_sizes(raw, sorted({item.row for item in items}))
+    engine = functools.cache(lambda: asking.timed(open_engine, args, items, sizes))  # loaded if and when it is needed
+    by_key, blind = asking.ask_all(raw, items, out, engine, args.blind and not texts, args.max_new_tokens, sizes)
     rows, labels = list(by_key.values()), confidence.Labels(prompt_variants.wordings(train, args.prompt))
     baselines = replace(scoring.without_blind(train, items), blind=blind)
     scores = scoring.score(rows, baselines, args.resamples, args.seed, wording)
@@ -166,7 +172,7 @@ def evaluate(argv: list[str]) -> int:
         unsure = calibration.find(scores, closed, len(told))
     scores |= {
         "speed": asking.speed(out), "wall_seconds": round(time.perf_counter() - started, 3),
-        "data": data_asked(args, about, rows),
+        "data": answering.data_asked(args, about, rows),
     }  # fmt: skip
     below = provenance.beside_base(scores, by_key, base, args.split, args.resamples, args.seed) if base else []
     found = [*findings.find(scores, rows), *provenance.find(args, run, about, raw), *below, *unsure]
@@ -179,24 +185,12 @@ def evaluate(argv: list[str]) -> int:
     return status
 
 
-def data_asked(args: argparse.Namespace, about: dict, rows: list[dict]) -> dict:
-    """Which data and how much of it a file of scores is about; ``about`` is dataset.json."""
-    images, groups = (len({row[name] for row in rows}) for name in ("image_id", "group"))
-    return {"path": str(args.data), "fingerprint": about["fingerprint"], "split": args.split, "images": images, "groups": groups}
-
-
-def stamp(args: argparse.Namespace) -> dict:
-    """How and when a file of scores was made."""
-    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    return {"arguments": arguments, "versions": records.versions(), **records.commit(), "finished": records.now()}
-
-
 def finish(args: argparse.Namespace, out: Path, scores: dict, found: list, rows: list[dict], raw=None) -> int:
     """Write scores.json and report.html, print the findings and the table; 1 with --strict and a serious finding."""
     found = sorted(found, key=lambda f: not f.serious)
     verdict = findings.describe(found, scores)
     weakest = weak_slices.worst(scores["questions"])
-    record = {"verdict": verdict, "findings": [f.json() for f in found], "weakest": weakest, **scores, **stamp(args)}
+    record = {"verdict": verdict, "findings": [f.json() for f in found], "weakest": weakest, **scores, **answering.stamp(args)}
     files.write_json(out / "scores.json", record)
     files.write_text(out / "report.html", report_html.render(record, rows, raw, args.gallery))
     scoretable.show(scores, verdict, found, console)
@@ -266,7 +260,8 @@ def prompts(argv: list[str]) -> int:
     splits, about, raw = read_data(args)
     folder = answering.output_folder(args)
     out = args.out or folder.with_name(f"{folder.name}-prompts")
-    engine = functools.cache(lambda: asking.timed(open_engine, args))
+    sizes = asking.image_sizes(raw, range(len(raw)))
+    engine = functools.cache(lambda: asking.timed(open_engine, args, items, sizes))  # of the first prompts that are asked
     rows, train, given = {}, asking.items_of(splits["train"], args.task), args.max_new_tokens
     for name, questions in names.items():
         asked = ",".join(f"{question}={name}" for question in sorted(questions))
@@ -277,11 +272,11 @@ def prompts(argv: list[str]) -> int:
         endpoint_cost.agree(args, raw, items, out / name, False)
         settings = answering.settings_of(argparse.Namespace(**vars(args) | {"prompt": name}), about)
         predictions.claim(out / name, settings, args.fresh)
-        rows[name] = list(asking.ask_all(raw, items, out / name, engine, False, args.max_new_tokens)[0].values())
+        rows[name] = list(asking.ask_all(raw, items, out / name, engine, False, args.max_new_tokens, sizes)[0].values())
     baselines = scoring.without_blind(train, [])
     made = consistency.measure(consistency.sides_of(rows), prompt_variants.variants(own), baselines, args.resamples, args.seed)
-    asked = data_asked(args, about, [row for found in rows.values() for row in found])
-    files.write_json(out / "prompts.json", made | {"trained_with": own, "data": asked, **stamp(args)})
+    asked = answering.data_asked(args, about, [row for found in rows.values() for row in found])
+    files.write_json(out / "prompts.json", made | {"trained_with": own, "data": asked, **answering.stamp(args)})
     consistency.show(made, console)
     console.print(f"written: {out}/ prompts.json, a folder a prompt with predictions.jsonl", soft_wrap=True)
     return 0

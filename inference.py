@@ -62,6 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     many = parser.add_argument_group("a folder of images")
     many.add_argument("--folder", type=Path, metavar="DIR", help="ask Q1 … Q8 about every image below DIR and fill a sheet")
     many.add_argument("--out", type=Path, metavar="FILE.xlsx", help="the sheet; the same command goes on where it stopped")
+    many.add_argument("--batch-images", type=int, default=8, help="images answered together by a local model")
     args = parser.parse_args(argv)
     check(args)
     args.prompts = conversation.prompts_line(args.prompts, args.run or args.head, "all" if args.folder else args.question)
@@ -86,6 +87,7 @@ def check(args: argparse.Namespace) -> None:
         "--folder and --out; only one of them; name both: --folder DIR --out FILE.xlsx": bool(args.folder) != bool(args.out),
         "--folder asks Q1 … Q8; leave out --image, --data and --question": args.folder and (args.image or args.data or asked),
         f"--max-new-tokens; {args.max_new_tokens}; 1 or more is allowed; leave it out for 128": args.max_new_tokens < 1,
+        f"--batch-images; {args.batch_images}; 1 or more is allowed; leave it out for 8": args.batch_images < 1,
     }
     cli.check([problem for problem, holds in found.items() if problem and holds])
 
@@ -132,7 +134,7 @@ def answerer(args: argparse.Namespace) -> conversation.Answerer:
     if args.endpoint:
         return conversation.EndpointAnswerer(args.endpoint, args.model, args.head, args.api_key_env)
     with cli.stderr.status(f"loading {args.run}"):
-        return conversation.LocalAnswerer(args.run, args.bits, args.adapter)
+        return conversation.LocalAnswerer(args.run, args.bits, args.adapter, conversation.batch_of(args))
 
 
 def answer_once(talk: Conversation, question: str, as_json: bool) -> None:

@@ -157,3 +157,15 @@ def base_folder(args: argparse.Namespace, run: dict | None, about: dict) -> Path
             f"make it first: python evaluate.py {args.base} --data {args.data} --split {args.split}"
         )
     return None
+
+
+def data_asked(args: argparse.Namespace, about: dict, rows: list[dict]) -> dict:
+    """Which data and how much of it a file of scores is about; ``about`` is dataset.json."""
+    images, groups = (len({row[name] for row in rows}) for name in ("image_id", "group"))
+    return {"path": str(args.data), "fingerprint": about["fingerprint"], "split": args.split, "images": images, "groups": groups}
+
+
+def stamp(args: argparse.Namespace) -> dict:
+    """How and when a file of scores was made."""
+    arguments = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {"arguments": arguments, "versions": records.versions(), **records.commit(), "finished": records.now()}

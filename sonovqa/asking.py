@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from sonovqa import chat, cli, files, images, predictions, records
 from sonovqa.endpoint_faults import REFUSED, UNREACHED
 from sonovqa.engines import Engine, ImageRequest, Reply
+from sonovqa.memory_peak import Batch
 from sonovqa.predictions import Key
 from sonovqa.questions import QUESTIONS, REPORT_ID
 
@@ -80,6 +82,29 @@ def image_bytes(raw_split, row: int) -> bytes | None:
 def image_sizes(raw_split, rows: Iterable[int]) -> dict[int, Size | None]:
     """Width and height of images in pixels as they are shown (EXIF rotation applied), by the files' heads; ``None``: a text."""
     return {row: images.size_of(image_bytes(raw_split, row)) if raw_split[row]["image"] else None for row in rows}
+
+
+def batch_of(items: Sequence[Item], sizes: Mapping[int, Size | None], images: int, max_new_tokens: int,
+             blind: bool = False, head: bool = False) -> Batch:  # fmt: skip
+    """The most that a local engine has in work at one time, as the check of memory before loading wants it.
+
+    Args:
+        items: the questions. sizes: of their images, see `image_sizes`.
+        images: answered together.
+        max_new_tokens: as `ask_all` takes it.
+        blind: whether every distinct prompt is asked about a grey image of each size too.
+        head: whether a choice head answers.
+    """
+    asked = Counter(item.row for item in items)
+    if blind:
+        asked |= Counter(image for image, _ in blind_items((i for i in items if sizes.get(i.row)), sizes))
+    return Batch(
+        images=images,
+        questions=max(asked.values(), default=1),
+        new_tokens=0 if head else _limit(items, max_new_tokens),
+        pixels=max((width * height for width, height in filter(None, sizes.values())), default=None),
+        letters=max((len(item.prompt) for item in items), default=0),
+    )
 
 
 def mean_grey(raw_split, sample: int = 64) -> int:
@@ -229,7 +254,8 @@ def progress() -> Progress:
 
 
 def ask_all(raw, items: Sequence[Item], out: Path, engine: Callable[[], tuple[Engine, float]], blind: bool,
-            max_new_tokens: int) -> tuple[dict[Key, dict], dict[Key, dict] | None]:  # fmt: skip
+            max_new_tokens: int, sizes: Mapping[int, Size | None] | None = None,
+            ) -> tuple[dict[Key, dict], dict[Key, dict] | None]:  # fmt: skip
     """Ask what has no answer yet, the images' questions and then the grey ones.
 
     Args:
@@ -238,15 +264,16 @@ def ask_all(raw, items: Sequence[Item], out: Path, engine: Callable[[], tuple[En
         engine: gives the engine and the seconds it took to load; called only if something is left to ask.
         blind: whether the grey images are asked too.
         max_new_tokens: an answer's limit; a report holds eight answers and has eight times it.
+        sizes: of the images; ``None``: `image_sizes` reads them.
 
     Returns:
         The items' rows by key, and the blind ones by `blind_key` or ``None``.
     """
-    sizes = image_sizes(raw, sorted({item.row for item in items}))
+    sizes = image_sizes(raw, sorted({item.row for item in items})) if sizes is None else sizes
     plans = [("predictions.jsonl", {item.key: (item, sizes[item.row]) for item in items}, False)]
     if blind:
         plans.append(("blind.jsonl", blind_items(items, sizes), True))
-    limit = max_new_tokens * (len(QUESTIONS) if any(item.question_id == REPORT_ID for item in items) else 1)
+    limit = _limit(items, max_new_tokens)
     for name, asked, grey in plans:
         done = predictions.latest(predictions.read(out / name))
         todo = {key: value for key, value in asked.items() if key not in done or done[key]["error"] is not None}
@@ -255,6 +282,10 @@ def ask_all(raw, items: Sequence[Item], out: Path, engine: Callable[[], tuple[En
             ask(engine()[0], put, todo, out / name, limit, grey, engine()[1])
     rows = {name: predictions.latest(predictions.read(out / name)) for name, _, _ in plans}
     return {key: rows["predictions.jsonl"][key] for key in plans[0][1]}, rows.get("blind.jsonl")
+
+
+def _limit(items: Iterable[Item], max_new_tokens: int) -> int:
+    return max_new_tokens * (len(QUESTIONS) if any(item.question_id == REPORT_ID for item in items) else 1)
 
 
 def speed(folder: Path) -> dict | None:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from sonovqa import bench_cases, families, memory, memory_peak, records, weights
 from sonovqa.bench_cases import SHARED, VLLM, Case
 from sonovqa.cli import UserError
 from sonovqa.engines import ImageRequest
-
-LORA_ELEMENT = 4  # PEFT keeps LoRA matrices in fp32 (`autocast_adapter_dtype`)
 
 
 def of_case(case: Case, requests: Sequence[ImageRequest]) -> list[dict]:
@@ -61,15 +58,9 @@ def _entry(case: Case, level: int) -> dict:
 def _predicted(case: Case, level: int, tensors: dict, model, encoder, requests: Sequence[ImageRequest]) -> dict:
     work = memory_peak.workload(encoder, model, requests, level, case.engine == SHARED, case.new_tokens)
     told = memory_peak.predict(tensors, model.config.to_dict(), case.bits, memory.device()[1], work)
-    lora = adapter_bytes(case.adapter)
+    lora = memory_peak.adapter_bytes(case.adapter)
     parts = told.parts | {"LoRA": lora} if lora else told.parts
     return {"predicted_loaded": told.loaded + lora, "predicted_peak": told.peak + lora, "parts": parts, "work": vars(work)}
-
-
-def adapter_bytes(adapter: str | None) -> int:
-    """Bytes of an adapter's matrices once they are loaded; 0 without one."""
-    path = Path(adapter or "") / "adapter_model.safetensors"
-    return sum(t.count for t in weights.of_file(path).values()) * LORA_ELEMENT if adapter and path.exists() else 0
 
 
 def in_words(entry: Mapping) -> str:

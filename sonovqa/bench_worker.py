@@ -24,12 +24,14 @@ from sonovqa import (
     bench_timing,
     bench_turns,
     cli,
+    images,
     predictions,
 )
 from sonovqa.bench_cases import RESIDENT, SHARED, TENSORS, VLLM, Case, row_of
 from sonovqa.cli import UserError
 from sonovqa.endpoint import KEY_NAMES, Endpoint
 from sonovqa.engines import Engine, ImageRequest
+from sonovqa.memory_peak import Batch
 
 WARM_UPS = 2  # images that a server is asked about before every level
 
@@ -53,7 +55,8 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
     bare = memory_now(cuda)
     with bench_turns.beside_others():
         started = time.perf_counter()
-        model, processor = models.load_for_inference(case.model, case.bits, case.adapter and Path(case.adapter))
+        adapter, batch = case.adapter and Path(case.adapter), batch_of(case, requests)
+        model, processor = models.load_for_inference(case.model, case.bits, adapter, batch=batch)
         seconds = time.perf_counter() - started
     told = {"load_seconds": round(seconds, 2), "memory_before": bare, "memory_loaded": memory_now(cuda)}
     told |= {"memory": TENSORS if cuda else RESIDENT, "dtype": str(model.dtype).removeprefix("torch.")}
@@ -69,6 +72,19 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
         yield row_of(case, level, told | figures | {"answers": answers})
     if case.scoring:
         yield scored(case, LocalEngine(model, processor, case.scoring.at_once, case.engine == SHARED))
+
+
+def batch_of(case: Case, requests: list[ImageRequest]) -> Batch:
+    """The most that a case has in work at one time, its scoring included."""
+    sizes = [images.size_of(request.image) for request in requests]
+    return Batch(
+        images=max(case.levels),
+        questions=max(len(request.prompts) for request in requests),
+        new_tokens=max(case.new_tokens, bench_scores.NEW_TOKENS) if case.scoring else case.new_tokens,
+        pixels=max(width * height for width, height in sizes),
+        letters=max(len(prompt) for request in requests for _, prompt in request.prompts),
+        share=case.engine == SHARED,
+    )
 
 
 def scored(case: Case, engine: Engine) -> dict:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from sonovqa import chat, choice, cli, images, prompt_variants, records
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine, EngineError, ImageRequest
+from sonovqa.memory_peak import Batch
 from sonovqa.questions import QUESTIONS, REPORT_ID, TEXT_LABEL
 
 LONGEST_HISTORY = 12  # questions that go along with a free one; older ones are left out so that the context stays bounded
@@ -42,9 +43,10 @@ class Answerer(Protocol):
 
 
 class LocalAnswerer:
-    """Answers with a model in this process, loaded from a run, a model folder, a hub id or ``tiny``."""
+    """Answers with a model in this process, loaded from a run, a model folder, a hub id or ``tiny``, if it fits the memory at
+    hand with ``batch``: what is answered at one time, one question if that is left out."""
 
-    def __init__(self, run: str, bits: int = 16, adapter: bool = False):
+    def __init__(self, run: str, bits: int = 16, adapter: bool = False, batch: Batch | None = None):
         from sonovqa import answering, models, serving_plan
 
         name, added = run, None
@@ -53,8 +55,9 @@ class LocalAnswerer:
         elif Path(run).is_dir():
             weights = serving_plan.find_weights(Path(run), adapter)
             name, added = weights.model, weights.adapter
-        self.name, self._run, self._head = run, run, choice.behind(run)
-        self.model, self.processor = models.load_for_inference(name, bits, added)
+        self.name, self._run, self._head, self._batch = run, run, choice.behind(run), batch or Batch(questions=1)
+        asked = replace(self._batch, new_tokens=0) if self._head else self._batch
+        self.model, self.processor = models.load_for_inference(name, bits, added, batch=asked)
         answering.engine_of(run, self.model, self.processor)  # a text-only model without a head has no answers
         self.probabilities: Mapping[str, float] | None = None  # of the labels of the last answer, by a choice head
 
@@ -62,7 +65,7 @@ class LocalAnswerer:
         """The same model as an engine for many images."""
         from sonovqa import answering
 
-        made = answering.engine_of(self._run, self.model, self.processor)
+        made = answering.engine_of(self._run, self.model, self.processor, self._batch.images)
         made.name = self.name
         return made
 
@@ -149,6 +152,19 @@ class Conversation:
             pieces.append(piece)
             yield piece
         self.history += [question, "".join(pieces).strip()]  # an answer that was broken off is not remembered
+
+
+def batch_of(args: argparse.Namespace) -> Batch:
+    """What inference.py's arguments have answered at one time: ``--batch-images`` images of a folder with all their questions,
+    or one question, which a report's length belongs to."""
+    if args.folder:
+        from sonovqa import folder_sheet
+
+        found = [image.path for image in folder_sheet.find_images(args.folder)]
+        return Batch(args.batch_images, new_tokens=args.max_new_tokens, pixels=images.most_pixels(found))
+    report = question_id_of(args.question or "") == REPORT_ID
+    pixels = images.most_pixels([Path(args.image)] if args.image and not args.data else [])
+    return Batch(questions=1, new_tokens=args.max_new_tokens * (len(QUESTIONS) if report else 1), pixels=pixels)
 
 
 def is_of_texts(run: str | Path | None) -> bool:

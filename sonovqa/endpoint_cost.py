@@ -16,13 +16,12 @@ from urllib.parse import urlsplit
 
 from sonovqa import asking, images, predictions, serving_plan
 from sonovqa.cli import UserError, console
-from sonovqa.engines import ImageRequest
+from sonovqa.engines import LETTERS_A_TOKEN, ImageRequest
 from sonovqa.questions import QUESTIONS, REPORT_ID, SYSTEM_TEXT
 
 #: Source: Anthropic's documentation of vision, "tokens = (width px * height px) / 750"; OpenAI's 512 x 512 tiles of 170 tokens
 #: give 1,542 pixels, Qwen-VL's 28 x 28 or 32 x 32 patches 784 or 1,024.
 PIXELS_A_TOKEN = 750
-LETTERS_A_TOKEN = 4  # of English; source: OpenAI's rule of thumb, "1 token ~= 4 chars in English"
 
 
 @dataclass(frozen=True)

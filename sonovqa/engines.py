@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+LETTERS_A_TOKEN = 4  # of English; source: OpenAI's rule of thumb, "1 token ~= 4 chars in English"
 BRANCHES = 128  # answers decoded at once: each holds a copy of its prefix's cache, 40 MB of an 8B model and 280 tokens
 
 

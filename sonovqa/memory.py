@@ -1,8 +1,11 @@
-"""Whether a model fits the memory at hand, told from its headers before a single weight is loaded.
+"""How much memory a model's weights and its training take, told from its headers before a single weight is loaded.
 
-The estimate is of weights, what training keeps beside them, and activations of one micro-batch; for training it is held to
-within 25 % of what was measured (tests/test_memory.py). So a model that is refused here might just have fitted, and one that is
-let through may still run out with long sequences: a smaller ``--batch`` or ``--max-pixels`` needs less.
+Two checks refuse what will not fit. `check_training` here counts weights, what training keeps beside them, and activations of
+one micro-batch, and for merging the 16-bit weights in main memory; it is held to within 25 % of what was measured
+(tests/test_memory.py). `memory_check.check_inference` counts the peak of answering (`memory_peak`): weights, KV cache and
+activations of the images that a command answers at once. Both count CUDA's context, and neither what torch's allocator
+reserves beyond its tensors. So a model that is refused might just have fitted, and one that is let through may still run out
+with long sequences: a smaller ``--batch``, ``--batch-images`` or ``--max-pixels`` needs less.
 """
 
 from __future__ import annotations
@@ -202,16 +205,6 @@ def _group_room(group: Path) -> list[int]:
     return [] if limit == "max" else [int(limit) - used + int(cached)]
 
 
-def check_inference(name: str, bits: int) -> None:
-    """Raise `UserError` if a model cannot be loaded in ``bits`` with what is free, naming the ``--bits`` that would fit."""
-    tensors = weights.of_model(name)
-    if tensors is None:
-        return
-    cuda, element = device()
-    need = {b: weight_bytes(tensors, b, element, weights.config_of(name)) + CUDA_CONTEXT * cuda for b in BITS}
-    _refuse(name, bits, need, free(cuda), cuda)
-
-
 def check_training(name: str, bits: int, how: Training) -> None:
     """Raise `UserError` if a model cannot be trained, or not be merged afterwards, with what is free."""
     tensors = weights.of_model(name)
@@ -224,14 +217,14 @@ def check_training(name: str, bits: int, how: Training) -> None:
     need = {b: told + CUDA_CONTEXT * cuda for b, told in training_bytes(tensors, config, how, element).items()}
     room = free(cuda)
     if how.rank == 0 and need[16] > room:
-        raise UserError(f"--full; training all weights of {name} needs about {gigabytes(need[16])}; {_place(room, cuda)}; "
+        raise UserError(f"--full; training all weights of {name} needs about {gigabytes(need[16])}; {place(room, cuda)}; "
                         "leave --full out: LoRA trains a small part of them")  # fmt: skip
     _refuse(name, bits, need, room, cuda)
     merging = weight_bytes(tensors, 16, 2 if cuda else 4, config)
     room = free(False)
     if how.merge and (cuda or bits != 16) and merging > room:
         raise UserError(f"--merge; putting {name} together at the end needs about {gigabytes(merging)} of main memory; "
-                        f"{_place(room, False)}; use --no-merge, and "
+                        f"{place(room, False)}; use --no-merge, and "
                         "merge on another machine with python -m sonovqa.merging")  # fmt: skip
 
 
@@ -242,10 +235,11 @@ def _refuse(name: str, bits: int, need: dict[int, float], room: int, cuda: bool)
     way_out = f"--bits {fitting} needs about {gigabytes(need[fitting])}" if fitting else (
         f"--bits 4 would need {gigabytes(need[4])}: use a smaller model or a machine with more" if bits > 4 else
         "use a smaller model or a machine with more")  # fmt: skip
-    raise UserError(f"{name} needs about {gigabytes(need[bits])} in {bits} bits; {_place(room, cuda)}; {way_out}")
+    raise UserError(f"{name} needs about {gigabytes(need[bits])} in {bits} bits; {place(room, cuda)}; {way_out}")
 
 
-def _place(room: int, cuda: bool) -> str:
+def place(room: int, cuda: bool) -> str:
+    """What is free and where, in words."""
     return f"{gigabytes(room)} {'are free on the GPU' if cuda else 'of memory are free here'}"
 
 

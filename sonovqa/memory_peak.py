@@ -9,14 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from sonovqa import families, memory
-from sonovqa.engines import BRANCHES, ImageRequest
+from sonovqa import families, memory, weights
+from sonovqa.engines import BRANCHES, LETTERS_A_TOKEN, ImageRequest
+from sonovqa.questions import QUESTIONS
 from sonovqa.weights import Tensor
 
 #: Parts of names of a vision tower and of what joins it to the language model.
 VISION = ("visual", "vision_tower", "vision_model", "multi_modal_projector", "qformer", "language_projection")
 WORKSPACE = 34e6  # bytes of cuBLAS' workspace on Hopper, which torch's allocator provides (aten/src/ATen/cuda/CUDABlas)
+LORA_ELEMENT = 4  # PEFT keeps LoRA matrices in fp32 (`autocast_adapter_dtype`)
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,29 @@ class Workload:
     new_tokens: int
     patches: int
     pixels: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a command answers at one time, as far as it is known before a model is loaded; unset: an image's eight questions.
+
+    Attributes:
+        images: answered together; where the family cannot share a prefix, or is not to, questions.
+        questions: of an image, at most.
+        new_tokens: an answer's limit; 0: a choice head answers, in one pass and without a cache of its own for each question.
+        pixels: of the largest image as it is encoded; ``None``: not known, `memory.USUAL_PIXELS`.
+        letters: of the longest question.
+        share: whether an image is encoded once for all its questions, if the family can.
+        alone: the flag of the command that turns this off; empty: it has none.
+    """
+
+    images: int = 1
+    questions: int = len(QUESTIONS)
+    new_tokens: int = 128
+    pixels: int | None = None
+    letters: int = 0
+    share: bool = True
+    alone: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,33 @@ def workload(encoder, model, requests: Sequence[ImageRequest], at_once: int, sha
     return Workload(len(asked), rows, max(len(prefix.ids) for prefix in prefixes), max(branches), tokens, patches, pixels)
 
 
+def expected(config: Mapping, batch: Batch) -> Workload:
+    """What `workload` tells, from config.json alone: neither processor nor images are read.
+
+    Args:
+        config: config.json.
+        batch: what is answered at one time.
+    """
+    tower, (tokens, patches) = config.get("vision_config") or {}, memory.image_work(config, batch.pixels)
+    side = tower.get("patch_size", 14)
+    side = side[0] if isinstance(side, list) else side
+    frames = tower.get("temporal_patch_size", 2) if "spatial_merge_size" in tower else 1
+    together = batch.share and families.of_type(config.get("model_type")).shares_prefix
+    questions, prefix = batch.questions if together else 1, round(tokens) + memory.SYSTEM_TOKENS
+    branch = max(memory.LONGEST_TOKENS, memory.QUESTION_TOKENS + batch.letters // LETTERS_A_TOKEN)
+    rows = min(batch.images * questions, BRANCHES)
+    if not batch.new_tokens:  # `choosing.ChoiceEngine`: prefix and questions in one sequence an image
+        rows, prefix, branch = batch.images, prefix + questions * branch, 0
+    patches = round(batch.images * patches)
+    return Workload(batch.images, rows, prefix, branch, batch.new_tokens, patches, round(patches * side**2 * 3 * frames))
+
+
+def adapter_bytes(adapter: str | Path | None) -> int:
+    """Bytes of an adapter's matrices once they are loaded; 0 without one."""
+    path = Path(adapter or "") / "adapter_model.safetensors"
+    return sum(t.count for t in weights.of_file(path).values()) * LORA_ELEMENT if adapter and path.exists() else 0
+
+
 def _frames(vision: Mapping, tower: Mapping) -> int:
     """How often a still image's patch stands in ``pixel_values``: Qwen-VL repeats it to the length of its time patch."""
     return tower.get("temporal_patch_size", 2) if "image_grid_thw" in vision else 1
@@ -97,7 +150,7 @@ def predict(tensors: dict[str, Tensor], config: Mapping, bits: int, element: int
     section 3.3); a matrix product with int8 weights gives int32 and then fp16 (LLM.int8(), arXiv:2208.07339, section 3.1,
     `bitsandbytes.backends`); with 4-bit weights the weights are put back into 16 bits (QLoRA, arXiv:2305.14314, section 3).
     """
-    weights = memory.weight_bytes(tensors, bits, element, config)
+    loaded = memory.weight_bytes(tensors, bits, element, config)
     largest = max((t.count for name, t in tensors.items() if memory.is_quantised(name, t)), default=0) * (bits != 16)
     text = {name: t for name, t in tensors.items() if not any(part in name for part in VISION)}
     tower = {name: t for name, t in tensors.items() if name not in text}
@@ -117,8 +170,8 @@ def predict(tensors: dict[str, Tensor], config: Mapping, bits: int, element: int
         "vision": work.patches * patch + beside["pixels"] + beside["workspace"],
         "loading": largest * (2 * element + 1),  # one tensor at a time: as stored, its 16-bit copy, the quantised one
     }
-    parts = {"weights": weights} | decoding | beside | {f"most at {name}": count for name, count in stages.items()}
-    return Prediction(round(weights), round(weights + max(stages.values())), {k: round(v) for k, v in parts.items()})
+    parts = {"weights": loaded} | decoding | beside | {f"most at {name}": count for name, count in stages.items()}
+    return Prediction(round(loaded), round(loaded + max(stages.values())), {k: round(v) for k, v in parts.items()})
 
 
 def _cache_bytes(text: Mapping[str, Tensor], work: Workload, element: int) -> tuple[float, float]:

@@ -3,9 +3,10 @@
     python -m sonovqa.memory_plan Qwen/Qwen3-VL-8B-Instruct --batch 4 --max-pixels 262144
     python -m sonovqa.memory_plan 2B 4B 8B 32B                     # Qwen3-VL's published sizes, without a network
 
-Answering is eight questions about one image at once (`memory_peak`), training is LoRA on all linear layers as train.py does
-it on CUDA with Unsloth (`memory.training_bytes`), merging is the 16-bit weights in main memory. Predicted from names and
-shapes of the tensors alone; tests/test_memory.py holds both to what was measured.
+Answering is eight questions about one image at once, or one where the family cannot share its prefix (`memory_peak`, as
+`memory_check` counts before loading), training is LoRA on all linear layers as train.py does it on CUDA with Unsloth
+(`memory.training_bytes`), merging is the 16-bit weights in main memory. Predicted from names and shapes of the tensors
+alone; tests/test_memory.py holds both to what was measured.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from sonovqa.questions import QUESTIONS
 ELEMENT = 2  # bytes of an unquantised element on a GPU
 #: GB of GPUs that are sold, from a T4 to a B200; what training needs is to leave a tenth of one free.
 GPUS, ROOM = (16, 24, 32, 40, 48, 80, 96, 141, 180), 0.9
-FRAMES = 2  # Qwen-VL's processor repeats a still image to the length of a time patch
 
 
 def plan(name: str, bits: int, batch: int, rank: int, pixels: int, new_tokens: int) -> dict:
@@ -44,7 +44,8 @@ def plan(name: str, bits: int, batch: int, rank: int, pixels: int, new_tokens: i
     whole = memory.weight_bytes(tensors, 16, ELEMENT, config)  # a head that is tied to the embeddings counts once
     how = memory.Training(rank, batch, pixels, "adamw_8bit", checkpointing=True, questions=len(QUESTIONS))
     trained = memory.training_bytes(tensors, config, how, ELEMENT)[bits] + memory.CUDA_CONTEXT
-    answered = memory_peak.predict(tensors, config, bits, ELEMENT, one_image(config, pixels, new_tokens))
+    one_image = memory_peak.expected(config, memory_peak.Batch(new_tokens=new_tokens, pixels=pixels))
+    answered = memory_peak.predict(tensors, config, bits, ELEMENT, one_image)
     return {
         "model": name,
         "parameters": round(whole / ELEMENT),
@@ -67,17 +68,6 @@ def shapes(name: str) -> tuple[dict[str, weights.Tensor], Mapping]:
         raise UserError(f"{name} shows no safetensors headers; a folder or hub id with safetensors weights is needed, or one of "
                         f"{', '.join(SIZES)}; check its name")  # fmt: skip
     return found, weights.config_of(place)
-
-
-def one_image(config: Mapping, pixels: int, new_tokens: int) -> memory_peak.Workload:
-    """An image with all of its questions, answered at once."""
-    tokens, patches = memory.image_work(config, pixels)
-    tower = config.get("vision_config") or {}
-    side = tower.get("patch_size", 14)
-    frames = tower.get("temporal_patch_size", FRAMES) if "spatial_merge_size" in tower else 1
-    prefix = round(tokens) + memory.SYSTEM_TOKENS
-    return memory_peak.Workload(images=1, rows=len(QUESTIONS), prefix=prefix, branch=memory.LONGEST_TOKENS, new_tokens=new_tokens,
-                                patches=round(patches), pixels=round(patches * side**2 * 3 * frames))  # fmt: skip
 
 
 COLUMNS: bench_records.Columns = {

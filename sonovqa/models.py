@@ -8,7 +8,7 @@ import logging as stdlib_logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import adapters, devices, families, memory, text_only, torchvision_ops, weights
+from sonovqa import adapters, devices, families, memory, memory_check, memory_peak, text_only, torchvision_ops, weights
 from sonovqa.cli import UserError
 from sonovqa.weights import check_folder
 
@@ -309,7 +309,13 @@ def lora_targets(model, how: Adapting) -> list[str]:
     return names
 
 
-def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, pixels=(None, None)):
+def load_for_inference(
+    name: str,
+    bits: int = 16,
+    adapter: Path | None = None,
+    pixels=(None, None),
+    batch: memory_peak.Batch | None = None,
+):
     """A model in evaluation mode and its processor.
 
     Args:
@@ -317,6 +323,7 @@ def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, p
         bits: 4, 8 or 16.
         adapter: a run's ``adapter/`` to put on top; its own processor files are then used.
         pixels: override of the pixel budget.
+        batch: what will be answered at one time, for `memory_check.check_inference`.
 
     Returns:
         ``(model, processor)``.
@@ -325,9 +332,9 @@ def load_for_inference(name: str, bits: int = 16, adapter: Path | None = None, p
         UserError: if something cannot be loaded or does not fit the memory at hand, or the adapter belongs to another base.
     """
     name = locate(name)
-    memory.check_inference(name, bits)
     if adapter is not None:
         adapters.check(adapter, name)
+    memory_check.check_inference(name, bits, batch, pixels, adapter)
     model = _load_transformers(name, bits)
     if adapter is not None:
         model = adapters.attach(model, adapter)

@@ -164,8 +164,7 @@ def answer(args: argparse.Namespace, about: Mapping, raw, at: Condition, engine)
         raw: the split's rows to ask about, images not decoded.
         engine: gives the run's engine; called only if there is something to ask.
     """
-    prompt = records.read_run(Path(at.run)).get("prompt_variant", "default")
-    items = choice.own_items(asking.items_of(raw, args.task, prompt), choice.of_run(records.read_run(Path(at.run))))
+    items, prompt = _items(args, raw, at.run)
     if not items:
         what = f"--task {args.task} on the {args.split} split of {args.data}"
         raise UserError(f"nothing to ask; {what}; answered questions are needed; choose another --task or --split")
@@ -190,11 +189,20 @@ def _who(args: argparse.Namespace, run: str) -> argparse.Namespace:
     return argparse.Namespace(run=run, adapter=args.adapter)
 
 
-def _engine(args: argparse.Namespace, run: str):
+def _items(args: argparse.Namespace, raw, run: str) -> tuple[list[asking.Item], str]:
+    """What a run is asked, and the line of prompt variants that it is asked with."""
+    told = records.read_run(Path(run))
+    prompt = told.get("prompt_variant", "default")
+    return choice.own_items(asking.items_of(raw, args.task, prompt), choice.of_run(told)), prompt
+
+
+def _engine(args: argparse.Namespace, run: str, raw):
     from sonovqa.models import load_for_inference
 
     name, adapter = answering.model_of(_who(args, run))
-    model, processor = load_for_inference(name, args.bits, adapter, (None, None))
+    sizes, head = asking.image_sizes(raw, range(len(raw))), choice.behind(run) is not None
+    batch = asking.batch_of(_items(args, raw, run)[0], sizes, args.batch_images, args.max_new_tokens, head=head)
+    model, processor = load_for_inference(name, args.bits, adapter, (None, None), batch)
     return answering.engine_of(run, model, processor, args.batch_images)
 
 
@@ -283,7 +291,7 @@ def curves(args: argparse.Namespace, about: Mapping) -> tuple[list[dict], dict]:
     majority = scoring.without_blind(train, asked)
     found, of_first, measured = [], {}, {}
     for run in args.runs:
-        engine = functools.cache(functools.partial(_engine, args, run))  # loaded if something is left to ask
+        engine = functools.cache(functools.partial(_engine, args, run, raw))  # loaded if something is left to ask
         for at in conditions(run, args.kinds, args.strengths):
             rows = answer(args, about, raw, at, engine)
             made = scored(rows, majority, args.resamples, args.seed)

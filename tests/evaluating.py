@@ -90,7 +90,7 @@ def run(data, tmp_path, monkeypatch, capsys):
 
     def go(rule, *flags, stop_after=None, out="eval"):
         engine = FakeEngine(data, rule, stop_after)
-        monkeypatch.setattr(evaluate, "open_engine", lambda args: engine)
+        monkeypatch.setattr(evaluate, "open_engine", lambda *args: engine)
         folder = tmp_path / out
         status = evaluate.main(["some/model", "--data", str(data), "--out", str(folder), "--resamples", "200", *flags])
         return status, files.read_json(folder / "scores.json"), capsys.readouterr().out, engine

@@ -202,7 +202,7 @@ def test_confidence_abstention_and_what_to_label_next(data, tmp_path, monkeypatc
         (new / folder).mkdir(parents=True, exist_ok=True)
         (new / folder / f"n{number}.png").write_bytes(png(100 + number))
     engine = Sure(data, perfect)
-    monkeypatch.setattr(evaluate, "open_engine", lambda args: engine)
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: engine)
     flags = ["some/model", "--data", str(data), "--out", str(tmp_path / "e"), "--resamples", "50", "--confidence",
              "--abstain-below", "0.5", "--most-useful", "3", "--images", str(new)]  # fmt: skip
     assert evaluate.main(flags) == 0
@@ -220,7 +220,7 @@ def test_confidence_abstention_and_what_to_label_next(data, tmp_path, monkeypatc
 
 
 def test_an_engine_without_likelihoods_and_wrong_flags_are_said(data, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(evaluate, "open_engine", lambda args: FakeEngine(data, perfect))
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: FakeEngine(data, perfect))
     base = ["some/model", "--data", str(data), "--out", str(tmp_path / "e"), "--no-blind", "--resamples", "0"]
     with pytest.raises(UserError, match="gives no likelihoods"):
         evaluate.main([*base, "--confidence"])
@@ -284,7 +284,7 @@ def test_an_endpoint_that_has_gone_away_ends_the_run_and_keeps_what_was_answered
         return Reply(request.image_id, question_id, "", "connection failed (refused) (tried 6 times)")
 
     engine = FakeEngine(data, dies)
-    monkeypatch.setattr(evaluate, "open_engine", lambda args: engine)
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: engine)
     flags = ["some/model", "--data", str(data), "--out", str(tmp_path / "e"), "--no-blind", "--resamples", "0"]
     with pytest.raises(UserError, match="has gone away") as told:
         evaluate.main(flags)
@@ -333,7 +333,7 @@ def test_bertscore_fetches_nothing(tmp_path):
 
 
 def test_bertscore_by_flag(bert, data, tmp_path, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(evaluate, "open_engine", lambda args: FakeEngine(data, perfect))
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: FakeEngine(data, perfect))
     flags = ["--data", str(data), "--out", str(tmp_path / "e"), "--no-blind", "--resamples", "0", "--bertscore", str(bert)]
     assert evaluate.main(["some/model", *flags]) == 0
     scores = json.loads((tmp_path / "e" / "scores.json").read_text())["questions"]["Q3"]["metrics"]

@@ -39,7 +39,7 @@ class Prompted(FakeEngine):
 def ask(data, tmp_path, monkeypatch, capsys):  # noqa: F811
     def go(rule, *flags, stop_after=None):
         engine = Prompted(data, rule, stop_after)
-        monkeypatch.setattr(evaluate, "open_engine", lambda args: engine)
+        monkeypatch.setattr(evaluate, "open_engine", lambda *args: engine)
         out = tmp_path / "prompts"
         evaluate.main(["prompts", "some/model", "--data", str(data), "--out", str(out), "--resamples", "100", *flags])
         return files.read_json(out / "prompts.json"), capsys.readouterr().out, engine

@@ -8,6 +8,7 @@ from conftest import noise_image
 import inference
 from sonovqa import conversation
 from sonovqa.cli import UserError
+from sonovqa.memory_peak import Batch
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_a_runs_own_adapter_is_taken(tmp_path, monkeypatch, part):
     monkeypatch.setattr(conversation, "LocalAnswerer", lambda *args: loaded.append(args))
     args = inference.parse(["--run", str(tmp_path / part), "--adapter"])
     inference.answerer(args)
-    assert loaded == [(str(tmp_path / part), 16, True)]
+    assert loaded == [(str(tmp_path / part), 16, True, Batch(questions=1))]
 
 
 @pytest.mark.parametrize(

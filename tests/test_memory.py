@@ -262,8 +262,8 @@ def test_an_adapter_is_counted(tmp_path: Path):
 
     files.write_json(tmp_path / "adapter_config.json", {})
     save_file({"a": torch.zeros(4, 5), "b": torch.zeros(5)}, tmp_path / "adapter_model.safetensors")
-    assert bench_predictions.adapter_bytes(str(tmp_path)) == 25 * 4
-    assert bench_predictions.adapter_bytes(None) == 0
+    assert memory_peak.adapter_bytes(str(tmp_path)) == 25 * 4
+    assert memory_peak.adapter_bytes(None) == 0
 
 
 def test_sizes_of_the_tiny_model_are_its_own(tokenizer):

@@ -17,7 +17,7 @@ from conftest import ROOT
 from huggingface_hub import errors
 
 import train
-from sonovqa import adapters, files, memory, models, tiny, weights
+from sonovqa import adapters, files, memory, memory_check, models, tiny, weights
 from sonovqa.cli import UserError
 
 
@@ -211,9 +211,9 @@ def test_a_model_that_does_not_fit_names_the_flag_that_would(free, bits, told, m
     monkeypatch.setattr(memory, "free", lambda cuda: free)
     monkeypatch.setattr(memory, "device", lambda: (True, 2))
     if told is None:
-        return memory.check_inference("8B", bits)
+        return memory_check.check_inference("8B", bits)
     with pytest.raises(UserError, match=told):
-        memory.check_inference("8B", bits)
+        memory_check.check_inference("8B", bits)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def tuned(data, tmp_path, monkeypatch):  # noqa: F811
 
     def go(*flags):
         engine = FakeEngine(data, lambda r, q, truth: prompt_variants.answer_for(q, truth, "structured"))
-        monkeypatch.setattr(evaluate, "open_engine", lambda args: engine)
+        monkeypatch.setattr(evaluate, "open_engine", lambda *args: engine)
         evaluate.main([str(folder), "--data", str(data), "--no-blind", "--resamples", "20", *flags])
         rows = predictions.read(folder / "eval-test" / "predictions.jsonl")
         return files.read_json(folder / "eval-test" / "scores.json"), rows

@@ -49,7 +49,7 @@ def test_a_run_below_its_base_is_said(run, data, tmp_path, monkeypatch):
     (folder / "merged").mkdir(parents=True)
     files.write_json(folder / "run.json", a_run(data))
     wrong = FakeEngine(data, lambda r, q, truth: "breech" if q == "Q2" else truth)
-    monkeypatch.setattr(evaluate, "open_engine", lambda args: wrong)
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: wrong)
     evaluate.main(["outputs/tuned", "--data", str(data), "--no-blind", "--resamples", "200"])
     scores = files.read_json(folder / "eval-test" / "scores.json")
     (below,) = [f for f in scores["findings"] if f["kind"] == "below base" and f["serious"]]

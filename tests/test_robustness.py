@@ -113,7 +113,7 @@ def test_nothing_is_asked_twice_and_what_is_missing_is(made, runs, data, monkeyp
     before = json.loads(made.read_text())["curves"]
     loaded = []
     real = robustness._engine
-    monkeypatch.setattr(robustness, "_engine", lambda args, run: loaded.append(run) or real(args, run))
+    monkeypatch.setattr(robustness, "_engine", lambda args, run, raw: loaded.append(run) or real(args, run, raw))
     assert robustness.main(arguments(runs, data, made)) == 0
     assert not loaded and files.read_json(made)["curves"] == before
     path = made.with_suffix("") / Condition(str(runs[1]), "noise", 1.0).folder / "predictions.jsonl"

@@ -68,7 +68,7 @@ def leave_scores(command) -> None:
     folder = answering.output_folder(args)
     scores = {"overall": {"metrics": {"accuracy": {"value": 0.5}}}, "questions": {}}
     args.prompt = args.prompt or "default"
-    files.write_json(folder / "scores.json", scores | evaluate.stamp(args))
+    files.write_json(folder / "scores.json", scores | answering.stamp(args))
     files.write_text(folder / "predictions.jsonl", "")
 
 
@@ -147,7 +147,7 @@ def test_prompts_and_robustness_of_other_flags_are_measured_anew(commands):
         called.append(command)
         if command.script == "evaluate.py":
             args = evaluate.parse(list(command.words[2:]), several=True)
-            files.write_json(Path("outputs/a/eval-test-adapter-prompts/prompts.json"), evaluate.stamp(args))
+            files.write_json(Path("outputs/a/eval-test-adapter-prompts/prompts.json"), answering.stamp(args))
         else:
             files.write_json(Path("r.json"), {})
         return 0

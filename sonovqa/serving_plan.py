@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import cli, families, files, images, serving_adapters, serving_memory, serving_origins
+from sonovqa import cli, families, files, images, serving_adapters, serving_memory, serving_origins, serving_sockets
 from sonovqa.cli import UserError
 from sonovqa.serving_adapters import compact
 
@@ -201,7 +201,7 @@ def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", por
     if weights.adapters:
         command += serving_adapters.flags(weights.adapters, weights.model, _config(weights.model).get("model_type"))
     env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_IMAGE_PIXELS": str(images.LARGEST_AREA)}
-    env |= serving_origins.environment(origins)
+    env |= serving_origins.environment(origins) | serving_sockets.settings(extra)
     if Path(weights.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":

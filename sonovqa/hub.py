@@ -117,7 +117,7 @@ def _faults(repo: str, api) -> Iterator[None]:
         ) from None
     except (HfHubHTTPError, httpx.HTTPError, ValueError, RuntimeError) as fault:
         status = getattr(getattr(fault, "response", None), "status_code", None)
-        told = " ".join(str(fault.__cause__ or fault).split())[:200].replace(api.token, "[token]")
+        told = credentials.hidden(str(fault.__cause__ or fault), api.token, 200)
         way_out = (
             f"set {TOKEN} to a token that is valid" if status == 401 else "mend it, then push again: python -m sonovqa.hub RUN ID"
         )

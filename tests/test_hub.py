@@ -225,6 +225,17 @@ def test_what_cannot_work_is_told_before_training(server, monkeypatch):
     assert "the hub at http" in say()
 
 
+def test_a_token_that_a_proxy_sends_back_is_not_cut_in_two(monkeypatch):
+    """Cut first, the rest of it would not be found."""
+    from types import SimpleNamespace
+
+    api = SimpleNamespace(token=TOKEN, endpoint="http://proxy")
+    for before in range(200 - len(TOKEN) - 10, 200):
+        with pytest.raises(UserError) as mistake, hub._faults("me/x", api):
+            raise RuntimeError("x" * before + TOKEN)
+        assert TOKEN[:4] not in str(mistake.value)
+
+
 def test_upload_that_fails_is_one_line_and_can_be_repeated(server, trained):
     server.broken["/storage/"] = 403
     with pytest.raises(UserError, match="403") as mistake:

@@ -10,6 +10,7 @@ from sonovqa.cli import UserError
 
 #: What a bearer token may hold (RFC 6750, section 2.1, and then some): visible ASCII, no space.
 _SENDABLE = re.compile(r"[\x21-\x7e]+")
+SHORTEST = 16  # characters of a key that others are kept out by; `openssl rand -hex 16` gives 32
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -29,6 +30,31 @@ def key(*names: str) -> str | None:
                 )
             return found
     return None
+
+
+def unfit(name: str, key: str) -> str | None:
+    """What is wrong with a key that a server here asks others for, for `cli.check`; ``None`` where nothing is.
+
+    A short one can be guessed by whoever may ask often, and one with a space fits no header.
+    """
+    if len(key) >= SHORTEST and _SENDABLE.fullmatch(key):
+        return None
+    told = f"a key of {len(key)} characters" + ("" if _SENDABLE.fullmatch(key) else ", of which some fit no HTTP header")
+    return f"{name}; {told}; {SHORTEST} or more of visible ASCII without a space; export {name}=$(openssl rand -hex 32)"
+
+
+def hidden(text: str, key: str | None, longest: int) -> str:
+    """A fault's text in one line of at most ``longest`` characters, without ``key``, which proxies send back in their errors.
+
+    It is cut afterwards: the rest of a key that was cut in two would not be found.
+    """
+    line = " ".join(text.split())
+    return (line.replace(key, "[key]") if key else line)[:longest]
+
+
+def hub_fault(fault: Exception, longest: int) -> str:
+    """The first line of what the Hugging Face hub's client says, `hidden` from it the token that it sent."""
+    return hidden((str(fault).strip().splitlines() or [type(fault).__name__])[0], os.environ.get("HF_TOKEN"), longest)
 
 
 def check_variable(flag: str, name: str) -> None:

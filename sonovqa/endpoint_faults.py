@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from sonovqa import credentials
+
 #: HTTP statuses worth another try: the server was busy, restarting or behind an overloaded proxy.
 PASSING = frozenset({408, 409, 425, 429})
 #: vLLM answers a race for its tokenizer with HTTP 400; the next try goes through. Source: DESIGN.md, seen at 128 in flight.
@@ -44,8 +46,7 @@ def in_words(fault: Exception, key: str | None = None) -> str:
     body = getattr(fault, "body", None)
     message = body.get("message") if isinstance(body, dict) else None
     status = getattr(fault, "status_code", None)
-    line = " ".join(str(message or fault).split())
-    line = (line.replace(key, "[key]") if key else line)[:300]  # cut afterwards: half a key would not be found
+    line = credentials.hidden(str(message or fault), key, 300)
     if status is None:
         return line
     return f"HTTP {status}: {line if message else fault.response.reason_phrase}"

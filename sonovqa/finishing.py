@@ -33,6 +33,7 @@ def record(args: argparse.Namespace, base: str, loaded, trainer, plan: Plan, pro
         "arguments": json.loads(json.dumps(vars(args), default=str)) | {"data": str(args.data.resolve())},
         "started_with": resuming.started(args.outputs / args.run),  # before unset arguments were filled in from the data
         "base": base,
+        "base_is_local": Path(base).exists(),  # a model card is made elsewhere and later, where nobody could tell
         "base_revision": getattr(trainer.model.config, "_commit_hash", None),
         "backend": loaded.backend,
         "prompt_variant": args.prompts,

@@ -117,7 +117,7 @@ def _faults(repo: str, api) -> Iterator[None]:
         ) from None
     except (HfHubHTTPError, httpx.HTTPError, ValueError, RuntimeError) as fault:
         status = getattr(getattr(fault, "response", None), "status_code", None)
-        told = " ".join(str(fault.__cause__ or fault).split())[:200].replace(api.token, "[token]")
+        told = credentials.hidden(str(fault.__cause__ or fault), api.token, 200)
         way_out = (
             f"set {TOKEN} to a token that is valid" if status == 401 else "mend it, then push again: python -m sonovqa.hub RUN ID"
         )
@@ -127,13 +127,13 @@ def _faults(repo: str, api) -> Iterator[None]:
 def sent(folder: Path, merged: bool) -> dict[str, Path | bytes]:
     """What is pushed of a run: files by their name in the repository, in place of some their content.
 
-    An adapter's configuration names its base; where that is a folder of this machine, its bare name is sent. What run.json says
-    of a choice head goes along as `choice.FILE`.
+    An adapter's configuration names its base; where that is a folder of this machine, `model_card.LOCAL_BASE` is sent. What
+    run.json says of a choice head goes along as `choice.FILE`.
 
     Raises:
         UserError: if the run has no such weights, or holds pickled ones.
     """
-    home = folder / ("merged" if merged else "adapter")
+    home, run = folder / ("merged" if merged else "adapter"), records.read_run(folder) or {}
     if not home.is_dir():
         way_out = f"merge it: python -m sonovqa.merging {folder}" if merged else "push its weights: --merged"
         raise UserError(f"{folder} has no {home.name}/; a finished run with such weights is allowed; {way_out}")
@@ -142,10 +142,10 @@ def sent(folder: Path, merged: bool) -> dict[str, Path | bytes]:
         raise UserError(f"{home} holds no safetensors; other weights run code when loaded and are not pushed; train it again")
     if ADAPTER in found:
         config = files.read_json(home / ADAPTER)
-        base = str(config["base_model_name_or_path"])
-        if model_card.hub_id(base) is None:
-            found[ADAPTER] = _as_file(config | {"base_model_name_or_path": Path(base).name})
-    if head := (records.read_run(folder) or {}).get("head"):
+        told = run or {"arguments": {"model": str(config["base_model_name_or_path"])}}
+        if config["base_model_name_or_path"] != model_card.base_for_others(told):
+            found[ADAPTER] = _as_file(config | {"base_model_name_or_path": model_card.base_for_others(told)})
+    if head := run.get("head"):
         found[choice.FILE] = _as_file(head)
     return found
 
@@ -167,13 +167,13 @@ def card(folder: Path, repo: str, merged: bool, licence: str | None):
     return model_card.make(run, model_card.scores_of(folder, merged), data, repo, merged, licence)
 
 
-def licence_of(model: str, api=None) -> str | None:
-    """The licence of a base model as the hub has it; ``None`` where that is not known."""
+def licence_of(run: Mapping, api=None) -> str | None:
+    """The licence of a run's base model as the hub has it; ``None`` where that is not known."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    if model == "tiny" or model.startswith("tiny-"):
+    if model_card.is_tiny(run["arguments"]["model"]):
         return TINY_LICENCE
-    name = model_card.hub_id(model)
+    name = model_card.hub_base(run)
     try:
         about = api.model_info(name).card_data if api and name else None
     except HfHubHTTPError:
@@ -200,7 +200,7 @@ def push(folder: Path, repo: str, merged: bool = False, public: bool = False, li
     api, found = check(repo, public, merged), sent(folder, merged)
     run = records.read_run(folder) or {"arguments": {"model": ""}}
     with _faults(repo, api):
-        found["README.md"] = str(card(folder, repo, merged, licence or licence_of(run["arguments"]["model"], api))).encode()
+        found["README.md"] = str(card(folder, repo, merged, licence or licence_of(run, api))).encode()
         url = api.create_repo(repo, private=not public, exist_ok=True)
         added = [CommitOperationAdd(name, content) for name, content in found.items()]
         api.create_commit(repo, added, commit_message=f"{'Merged weights' if merged else 'Adapter'} of run {folder.name}")
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         found = sent(args.run, args.merged)
         run = records.read_run(args.run) or {"arguments": {"model": ""}}
-        print(card(args.run, args.repo, args.merged, args.licence or licence_of(run["arguments"]["model"])))
+        print(card(args.run, args.repo, args.merged, args.licence or licence_of(run)))
         console.print(f"would be pushed: {', '.join(sorted([*found, 'README.md']))}; {_size(found)}", soft_wrap=True)
         return
     push(args.run, args.repo, args.merged, args.public, args.licence)

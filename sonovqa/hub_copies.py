@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sonovqa import credentials
 from sonovqa.cli import UserError
 from sonovqa.files import replacing, sha256
 from sonovqa.sheets import Drops, Unreadable, cell_text
@@ -27,7 +28,7 @@ def located(root: Path | None, hub_id: str, patterns: Sequence[str]) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, repo_type="dataset", allow_patterns=list(patterns)))
     except (HfHubHTTPError, HFValidationError, OSError) as fault:
-        what = " ".join(str(fault).split())[:120]
+        what = credentials.hub_fault(fault, 120)
         raise UserError(
             f"the hub's repository cannot be fetched; {hub_id}: {what}; a local folder works offline; give it with --root"
         ) from None

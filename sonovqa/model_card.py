@@ -25,6 +25,9 @@ PURPOSES = {
     "path-vqa": "answer questions about pathology images",
 }
 TINY = "tiny (1.5 million parameters, shipped with SonoVQA; it knows phantoms only)"
+#: Where an adapter looks for a base that has no name for others: no hub id has this form, so nothing is fetched in its place.
+LOCAL_BASE = "./base"
+FOLDERS = ("outputs/", "data/", "models/", "checkpoints/", "runs/", "/")  # what is no owner's name on the hub
 UNKNOWN_LICENCE = "No licence is named: that of the base model holds."
 
 
@@ -46,8 +49,8 @@ def make(run: Mapping, scores: Mapping | None, data: Mapping, repo: str, merged:
     kind, name, task = kind_of(data), repo.rpartition("/")[2], task_of(run)
     shown = ModelCardData(
         model_name=name,
-        base_model=hub_id(run["arguments"]["model"]),
-        base_model_relation=("finetune" if merged else "adapter") if hub_id(run["arguments"]["model"]) else None,
+        base_model=hub_base(run),
+        base_model_relation=("finetune" if merged else "adapter") if hub_base(run) else None,
         library_name="transformers" if merged else "peft",
         pipeline_tag=TEXTS if task == TEXTS else "image-text-to-text",
         license=licence,
@@ -57,7 +60,7 @@ def make(run: Mapping, scores: Mapping | None, data: Mapping, repo: str, merged:
     )
     return ModelCard.from_template(
         shown, str(TEMPLATE), name=name, notice=RESEARCH_NOTICE, kind=kind, pixels=run.get("pixels"), commit=run.get("commit"),
-        what="Merged weights" if merged else "A LoRA adapter", base=base_name(run["arguments"]["model"]),
+        what="Merged weights" if merged else "A LoRA adapter", base=base_name(run),
         purpose=purpose(run, kind), ultrasound=kind in ULTRASOUND, texts=task == TEXTS, training=training(run, data),
         tokens=list(head.tokens) if (head := choice.of_run(run)) else None,
         scores=told(scores) if scores else None, use=use(run, repo, merged), licence=licence_text(licence),
@@ -65,16 +68,32 @@ def make(run: Mapping, scores: Mapping | None, data: Mapping, repo: str, merged:
     )  # fmt: skip
 
 
-def hub_id(model: str) -> str | None:
-    """``--model`` where others can have it by that name, else ``None``: a folder's name is of this machine only."""
-    known = model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
-    return model if known else None
+def hub_base(run: Mapping) -> str | None:
+    """The hub id of the base a run was trained on; ``None`` where it was a folder, whose name nobody else needs to know.
+
+    Which of the two it was is in run.json. Older ones do not say: then by its name, a folder's wherever it might be one's.
+    """
+    model = run["arguments"]["model"]
+    if "base_is_local" in run:
+        return None if run["base_is_local"] else model
+    known = model.count("/") == 1 and not model.startswith((".", "~", *FOLDERS)) and not Path(model).exists()
+    return model if known and all(model.split("/")) else None
 
 
-def base_name(model: str) -> str:
-    """The base in words, without this machine's folders."""
-    tiny = model == "tiny" or model.startswith("tiny-")
-    return hub_id(model) or (TINY if tiny else f"a local model, {Path(model).name}")
+def base_for_others(run: Mapping) -> str:
+    """What others give for the base: its hub id or ``tiny``, else `LOCAL_BASE`."""
+    model = run["arguments"]["model"]
+    return hub_base(run) or (model if is_tiny(model) else LOCAL_BASE)
+
+
+def is_tiny(model: str) -> bool:
+    """Whether ``--model`` named a model that SonoVQA builds itself."""
+    return model == "tiny" or model.startswith("tiny-")
+
+
+def base_name(run: Mapping) -> str:
+    """The base in words, without a name of this machine's folders: such a name may be a clinic's."""
+    return hub_base(run) or (TINY if is_tiny(run["arguments"]["model"]) else "a local model")
 
 
 def kind_of(data: Mapping) -> str:
@@ -179,11 +198,10 @@ def use(run: Mapping, repo: str, merged: bool) -> str:
     folder = f"outputs/{repo.rpartition('/')[2]}"
     if merged:
         return f"hf download {repo} --local-dir {folder}\nbash serve.sh {folder}"
-    base = hub_id(run["arguments"]["model"]) or "BASE"
     head = choice.of_run(run)
     what = '--question "the text"' if head and TEXT_LABEL in head.sets else "--image scan.png"
     ask = f"python inference.py --run {folder} --adapter {what}"
-    return f"hf download {repo} --local-dir {folder}/adapter\n{ask}  # needs {base}"
+    return f"hf download {repo} --local-dir {folder}/adapter\n{ask}  # needs {base_for_others(run)}"
 
 
 def licence_text(licence: str | None) -> str:

@@ -8,7 +8,18 @@ import logging as stdlib_logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import adapters, devices, families, memory, memory_check, memory_peak, text_only, torchvision_ops, weights
+from sonovqa import (
+    adapters,
+    credentials,
+    devices,
+    families,
+    memory,
+    memory_check,
+    memory_peak,
+    text_only,
+    torchvision_ops,
+    weights,
+)
 from sonovqa.cli import UserError
 from sonovqa.weights import check_folder
 
@@ -239,7 +250,7 @@ def _one_line(name: str):
     try:
         yield
     except (OSError, ValueError) as fault:
-        first = str(fault).strip().splitlines()[0][:300]
+        first = credentials.hub_fault(fault, 300)
         hint = (
             "set HF_TOKEN to a token that was granted access"
             if "gated" in str(fault).lower() or "401" in str(fault)

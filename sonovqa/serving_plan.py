@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import ipaddress
+import itertools
 import math
 import os
 import shlex
@@ -13,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import cli, families, files, images, serving_adapters, serving_memory, serving_origins
+from sonovqa import cli, credentials, families, files, images, serving_adapters, serving_memory, serving_origins, serving_sockets
 from sonovqa.cli import UserError
 from sonovqa.serving_adapters import compact
 
@@ -24,6 +25,8 @@ OURS = (
     "--host", "--port", "--model", "--served-model-name", "--config", "--enable-lora", "--lora-modules",
     "--no-enable-tower-connector-lora", "--shutdown-timeout",
 )  # fmt: skip
+_CODE = ("it runs a program of your own beside the weights and the key", "use a parser that vLLM has by itself")
+_TENSORS = ("whoever may ask could send tensors, with which readers of them were broken into before", "send images and text")
 _TLS = "put a proxy with TLS before it, see docs/serving.md"
 #: Flags of vLLM that would undo a guard or cut serve.sh off from its own server: what they do, and the way out.
 REFUSED = {
@@ -35,7 +38,19 @@ REFUSED = {
     "--uds": ("the server is asked on a port of this machine", "leave it out; have a proxy listen on the socket"),
     "--trust-remote-code": ("it runs whatever program lies beside the weights", "serve a family that vLLM knows by itself"),
     "--allowed-origins": ("the gate before vLLM would not know them", "name each page before the --: --allow-origin URL"),
+    "--allowed-local-media-path": ("whoever may ask could have files of this machine read", "send images in the request"),
+    "--middleware": ("it runs code of your own in front of the gate, with every key and image", "have a proxy do it"),
+    "--tool-parser-plugin": _CODE,
+    "--reasoning-parser-plugin": _CODE,
+    "--enable-prompt-embeds": _TENSORS,
+    "--enable-mm-embeds": _TENSORS,
+    "--kv-events-config": ("it opens a port that tells anybody what was asked", "leave it out; /metrics counts requests"),
+    "--load-format": ("other formats than safetensors may run code when they are loaded", "auto and safetensors are allowed"),
 }
+#: Values with which a refused flag does no harm.
+HARMLESS = {"--load-format": ("auto", "safetensors")}
+#: Flags of vLLM that a refused one begins with: no abbreviations of it.
+WHOLE = ("--reasoning-parser",)
 TEXT_ROOM = 3072  # tokens beside the image: system text, a conversation's history and the answer
 UNKNOWN_IMAGE = 4096  # tokens granted an image where the processor's files do not say how many it may take
 GRACE = 20  # seconds that requests in flight have to finish when the server is stopped
@@ -201,7 +216,7 @@ def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", por
     if weights.adapters:
         command += serving_adapters.flags(weights.adapters, weights.model, _config(weights.model).get("model_type"))
     env = {"PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1", "VLLM_MAX_IMAGE_PIXELS": str(images.LARGEST_AREA)}
-    env |= serving_origins.environment(origins)
+    env |= serving_origins.environment(origins) | serving_sockets.settings(extra)
     if Path(weights.model).is_dir():
         env["HF_HUB_OFFLINE"] = "1"
     if device == "cpu":
@@ -256,8 +271,14 @@ def installed_device() -> str:
 
 
 def check_host(host: str) -> None:
-    """Raise `UserError` if the server would listen beyond this machine without a key."""
-    if not is_loopback(host) and not os.environ.get("VLLM_API_KEY"):
+    """Raise `UserError` if the server would listen beyond this machine without a key, or with one that keeps nobody out.
+
+    A poor key is refused on loopback too: who sets one has a proxy there, or others on this machine, to keep out.
+    """
+    key = os.environ.get("VLLM_API_KEY")
+    if key and (told := credentials.unfit("VLLM_API_KEY", key)):
+        raise UserError(told)
+    if not is_loopback(host) and not key:
         raise UserError(f"a host beyond loopback needs a key; --host {host}; export VLLM_API_KEY=$(openssl rand -hex 32)")
 
 
@@ -286,12 +307,15 @@ def check_extra(extra: tuple[str, ...]) -> None:
     if extra and not extra[0].startswith("-"):
         raise UserError(f"after --; {extra[0]}; flags of `vllm serve` are allowed, the run stands before the --; "
                         "write -- --flag value, see ./serve.sh --help")  # fmt: skip
-    for word in extra:
-        flag = word.split("=")[0].replace("_", "-")
-        if not flag.startswith("--"):
+    for word, after in itertools.pairwise([*extra, ""]):
+        name, equals, value = word.partition("=")
+        flag = name.partition(".")[0].replace("_", "-")  # --flag.key value is vLLM's way to write one key of a JSON value
+        if not flag.startswith("--") or flag in WHOLE:
             continue
         meant = [known for known in (*REFUSED, *OURS) if flag == known or (len(flag) > 3 and known.startswith(flag))]
         if meant and meant[0] in REFUSED:
+            if (value if equals else after).lower() in HARMLESS.get(meant[0], ()):
+                continue
             why, way_out = REFUSED[meant[0]]
             raise UserError(f"{meant[0]} after --; {why}; {way_out}")
         if meant:
@@ -327,5 +351,5 @@ def _config(model: str) -> dict:
     try:
         return files.read_json(Path(hf_hub_download(model, "config.json")))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as fault:
-        why = str(fault).strip().splitlines()[0][:200]
+        why = credentials.hub_fault(fault, 200)
         raise UserError(f"the base cannot be had; {model}: {why}; leave --lora out, or run hf download {model}") from None

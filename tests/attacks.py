@@ -99,13 +99,24 @@ def bad_parts(port: int) -> dict[str, dict]:
     return parts | {"tensor": {"type": "image_embeds", "image_embeds": base64.b64encode(b"\x80\x04.").decode()}}
 
 
-def listening(port: int) -> list[str]:
-    """Addresses on which the server on ``port`` and all processes that it started listen."""
+def processes(port: int) -> set[psutil.Process]:
+    """The server on ``port`` and all processes that it started."""
     words = ("sonovqa.vllm_server", str(port))
     servers = [one for one in psutil.process_iter(["cmdline"]) if all(word in (one.info["cmdline"] or ()) for word in words)]
-    tree = {one for server in servers for one in (server, *server.children(recursive=True))}
-    sockets = [one for process in tree for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return {one for server in servers for one in (server, *server.children(recursive=True))}
+
+
+def listening(port: int) -> list[str]:
+    """Addresses on which they listen."""
+    sockets = [one for process in processes(port) for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
     return sorted({one.laddr.ip for one in sockets})
+
+
+def interfaces(port: int) -> list[tuple[str, ...]]:
+    """What their environment says of the interface to talk on among themselves. Where the machine's name means 127.0.0.1, as it
+    often does, `listening` would look well without it."""
+    names = ("GLOO_SOCKET_IFNAME", "VLLM_HOST_IP")
+    return sorted({tuple(one.environ().get(name, "") for name in names) for one in processes(port)})
 
 
 def run(url: str, model: str, key: str) -> dict:
@@ -130,6 +141,7 @@ def run(url: str, model: str, key: str) -> dict:
         "largest": {"said": post(chat, {"x": " " * LARGEST_BODY}, key), "unsaid": sent_in_chunks(chat, key)},
         "health": status_of(f"{root}/health"),
         "listening": listening(urlsplit(url).port),
+        "interfaces": interfaces(urlsplit(url).port),
         "command lines with the key": [
             p.pid for p in psutil.process_iter(["cmdline"]) if key in " ".join(p.info["cmdline"] or ())
         ],

@@ -23,6 +23,12 @@ def blocks(page: Path) -> list[Block]:
     return [Block(found["mark"] or "", found["language"], found["code"]) for found in _BLOCK.finditer(page.read_text())]
 
 
+def inline(page: Path) -> list[str]:
+    """What stands between backticks within the sentences of a page, line ends as spaces."""
+    sentences = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(found.split()) for found in re.findall(r"`([^`]+)`", sentences)]
+
+
 def commands(code: str) -> list[str]:
     """The commands of a shell block, comments cut off, continued lines joined."""
     lines = code.replace("\\\n", " ").splitlines()

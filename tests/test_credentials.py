@@ -53,6 +53,15 @@ def test_server_that_sends_headers_back_does_not_get_the_key_into_an_error():
     assert KEY not in repr(fault.value.__cause__), "a traceback would show it"
 
 
+@pytest.mark.parametrize("before", [0, 90, 195, 199, 400])
+def test_a_key_is_hidden_before_a_text_is_cut(before, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", KEY)
+    text = "." * before + KEY + "\n end"
+    for told in (credentials.hidden(text, KEY, 200), credentials.hub_fault(OSError(text), 200)):
+        assert KEY[:4] not in told and "\n" not in told and len(told) <= 200
+    assert credentials.hub_fault(OSError(""), 200) == "OSError"
+
+
 @pytest.mark.parametrize("url", ["me:{}@host/v1", "{}@host", "host/v1?key={}", "host/#{}", "host:{}/v1"])
 def test_address_with_a_key_is_refused_before_anything_is_written(url, tmp_path):
     url = f"http://{url.format(KEY)}"

@@ -63,14 +63,14 @@ def test_it_runs_as_nobody_in_particular_with_its_key_from_a_file():
 
 def test_what_it_starts_can_be_run(tmp_path):
     model_folder(tmp_path / "model" / "merged")
-    (tmp_path / "key").write_text("a-key\n")
+    (tmp_path / "key").write_text("a-key-of-the-test\n")
     words = json.loads(of_kind("ENTRYPOINT")[0]) + json.loads(of_kind("CMD")[0])
     words = [str(tmp_path / "model") if word == "/model" else word for word in words]
     env = dict(os.environ) | {"PYTHON": sys.executable, "VLLM_API_KEY_FILE": str(tmp_path / "key")}
     env.pop("VLLM_API_KEY", None)
     done = subprocess.run([*words, "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "--host 0.0.0.0" in done.stdout and "a-key" not in done.stdout
+    assert "--host 0.0.0.0" in done.stdout and "a-key-of" not in done.stdout
     (tmp_path / "key").write_text("\n")
     done = subprocess.run([*words, "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "holds no key" in done.stderr

@@ -1,4 +1,8 @@
-"""Every command of the documentation is run, block by block, in a folder like a fresh checkout with a clinic's sheet in it."""
+"""Every block of commands of README.md and docs/privacy.md is run, in a folder like a fresh checkout with a clinic's sheet in it.
+
+docs/serving.md and experiments.md have tests of their own; commands within sentences, and those that nothing here can run, are in
+test_inline_commands.py.
+"""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def test_every_file_arrives_as_it_is(server, trained, merged):
         before, after = (
             json.loads(d) for d in ((home / "adapter_config.json").read_bytes(), repo["files"]["adapter_config.json"])
         )
-        assert after == before | {"base_model_name_or_path": Path(before["base_model_name_or_path"]).name}
+        assert after == before | {"base_model_name_or_path": model_card.LOCAL_BASE}
     assert any(asked.startswith("PUT /storage/") for asked in server.asked)
 
 
@@ -120,8 +120,9 @@ def test_card_says_what_it_is_what_it_scores_and_what_it_is_not_for(server, trai
 def test_card_of_a_hub_base_names_it_and_its_licence(server, trained):
     server.licences["Qwen/Qwen3-VL-8B-Instruct"] = "apache-2.0"
     run = files.read_json(trained / "run.json")
-    run["arguments"]["model"] = "Qwen/Qwen3-VL-8B-Instruct"
-    assert hub.licence_of("Qwen/Qwen3-VL-8B-Instruct", hub.check("me/x")) == "apache-2.0"
+    assert run["base_is_local"] is True
+    run["arguments"]["model"], run["base_is_local"] = "Qwen/Qwen3-VL-8B-Instruct", False
+    assert hub.licence_of(run, hub.check("me/x")) == "apache-2.0"
     card = str(model_card.make(run, None, {}, "me/x", False, "apache-2.0"))
     told = metadata(card.encode())
     assert (told["base_model"], told["base_model_relation"], told["license"]) == (
@@ -130,6 +131,36 @@ def test_card_of_a_hub_base_names_it_and_its_licence(server, trained):
         "apache-2.0",
     )
     assert "Not evaluated yet" in card and "needs Qwen/Qwen3-VL-8B-Instruct" in card
+
+
+@pytest.mark.parametrize("said", [{"base_is_local": True}, {}])
+def test_a_base_in_a_folder_is_named_nowhere_from_wherever_it_is_pushed(trained, said, tmp_path, monkeypatch):
+    """Pushed from another folder, ``outputs/st-johns-clinic`` looks like OWNER/NAME; older records do not say what it was."""
+    run, name = files.read_json(trained / "run.json"), "outputs/st-johns-clinic"
+    del run["base_is_local"]
+    run |= {"base": name} | said
+    run["arguments"]["model"] = name
+    (tmp_path / "run").mkdir()
+    shutil.copytree(trained / "adapter", tmp_path / "run" / "adapter")
+    config = files.read_json(tmp_path / "run" / "adapter" / hub.ADAPTER) | {"base_model_name_or_path": name}
+    files.write_json(tmp_path / "run" / "adapter" / hub.ADAPTER, config)
+    files.write_json(tmp_path / "run" / "run.json", run)
+    monkeypatch.chdir(tmp_path)
+    sent = hub.sent(tmp_path / "run", merged=False)
+    told = str(hub.card(tmp_path / "run", "me/x", False, None)).encode() + sent[hub.ADAPTER]
+    assert b"st-johns" not in told and b"outputs/st" not in told and b"base_model:" not in told
+
+
+@pytest.mark.parametrize("name", ["outputs/x", "data/x", "/a/b", "./a", "~/a", "a/b/c", "a", "models/x", "a/", "/a", "tiny"])
+def test_names_that_older_records_may_have_of_a_folder_are_no_hub_ids(name):
+    assert model_card.hub_base({"arguments": {"model": name}}) is None
+    assert model_card.base_for_others({"arguments": {"model": name}}) == ("tiny" if name == "tiny" else "./base")
+
+
+def test_a_record_knows_better_than_a_name():
+    assert model_card.hub_base({"arguments": {"model": "outputs/x"}, "base_is_local": False}) == "outputs/x"
+    assert model_card.hub_base({"arguments": {"model": "Qwen/x"}, "base_is_local": True}) is None
+    assert model_card.hub_base({"arguments": {"model": "Qwen/x"}}) == "Qwen/x"
 
 
 def as_choice_run(
@@ -223,6 +254,17 @@ def test_what_cannot_work_is_told_before_training(server, monkeypatch):
     assert "400" in say()
     server.__exit__()
     assert "the hub at http" in say()
+
+
+def test_a_token_that_a_proxy_sends_back_is_not_cut_in_two(monkeypatch):
+    """Cut first, the rest of it would not be found."""
+    from types import SimpleNamespace
+
+    api = SimpleNamespace(token=TOKEN, endpoint="http://proxy")
+    for before in range(200 - len(TOKEN) - 10, 200):
+        with pytest.raises(UserError) as mistake, hub._faults("me/x", api):
+            raise RuntimeError("x" * before + TOKEN)
+        assert TOKEN[:4] not in str(mistake.value)
 
 
 def test_upload_that_fails_is_one_line_and_can_be_repeated(server, trained):

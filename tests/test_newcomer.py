@@ -1,4 +1,7 @@
-"""The five commands of docs/serving.md, from a sheet to a page, as a newcomer runs them, at a smaller size."""
+"""The five commands of docs/serving.md, from a sheet to a page, as a newcomer runs them, at a smaller size.
+
+In an empty folder with links to the scripts and the package of this checkout: neither a clone nor an installation is made.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +77,7 @@ def test_the_page_shows_five_commands_from_a_sheet_to_a_page():
 
 
 def test_what_comes_before_them_is_there_too(tmp_path):
-    """From nothing: clone, install and activate, as written but for where the repository is; make only unrolls its rule."""
+    """Clone, install and activate, which come before, are there as written; nothing is cloned, and make only unrolls its rule."""
     clone, install = next(commands(b.code) for b in blocks(ROOT / "docs" / "serving.md") if b.mark == "set-up")
     assert clone == "git clone REPOSITORY sonovqa && cd sonovqa"
     made, activated = install.split(" && ")

@@ -234,6 +234,7 @@ def test_attacks_on_the_server_come_to_nothing(served):
     assert told["largest"] == {"said": 413, "unsaid": 411}
     assert told["health"] == 200
     assert told["listening"] and all(address in ("127.0.0.1", "::1") for address in told["listening"])
+    assert told["interfaces"] == [["lo", "127.0.0.1"]]
     assert told["command lines with the key"] == []
 
 

@@ -117,9 +117,18 @@ def test_lora_plan_says_only_what_is_needed(run, tmp_path):
 def test_a_host_beyond_loopback_needs_a_key_which_is_never_shown(run, host, monkeypatch):
     with pytest.raises(UserError, match="needs a key"):
         make_plan(run, host=host, device="gpu")
-    monkeypatch.setenv("VLLM_API_KEY", "s3cret")
+    monkeypatch.setenv("VLLM_API_KEY", "s3cret" * 3)
     plan = make_plan(run, host=host, device="gpu")
     assert "s3cret" not in plan.shown() + str(plan)
+
+
+@pytest.mark.parametrize("key", ["x", " ", "a b", "s3cret\n" * 3, "s3cret " * 3, "s3crét" * 3, "s" * 15])
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
+def test_a_key_that_keeps_nobody_out_is_refused_and_not_shown(run, key, host, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(UserError, match=r"VLLM_API_KEY; a key of .*; 16 or more .*; export VLLM_API_KEY=") as mistake:
+        make_plan(run, host=host, device="gpu")
+    assert "\n" not in str(mistake.value) and not (len(key) > 3 and key.strip() in str(mistake.value))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +155,11 @@ def test_flags_that_would_undo_the_guards_are_refused(run, word):
         ("--root-path", "take its prefix off"), ("--root_path=/v1", "take its prefix off"), ("--root", "take its prefix off"),
         ("--ssl-certfile", "a proxy with TLS"), ("--ssl-keyfile", "a proxy with TLS"), ("--uds", "on the socket"),
         ("--trust-remote-code", "a family that vLLM knows"), ("--allowed-origins", "--allow-origin URL"),
-        ("--grpc-port", "leave it out"), ("--api-key", "export VLLM_API_KEY"),
+        ("--grpc-port", "leave it out"), ("--api-key", "export VLLM_API_KEY"), ("--middleware", "have a proxy do it"),
+        ("--load-format", "auto and safetensors"), ("--load_format=pt", "auto and safetensors"), ("--load-f=pt", "auto and"),
+        ("--enable-prompt-embeds", "images and text"), ("--enable-mm-embeds", "images and text"),
+        ("--tool-parser-plugin", "that vLLM has"), ("--reasoning-parser-plugin=x.py", "that vLLM has"),
+        ("--allowed-local-media-path", "in the request"), ("--kv-events-config.publisher", "leave it out"),
     ],
 )  # fmt: skip
 def test_flags_that_open_the_server_are_refused_with_the_way_out(run, word, way_out):
@@ -193,8 +206,9 @@ def test_what_is_no_web_pages_origin_is_refused(run, origin):
 
 
 def test_further_flags_pass_through_and_come_last(run):
-    extra = ("--tensor-parallel-size", "4", "--max-model-len", "8192")
-    assert make_plan(run, device="gpu", extra=extra).command[-4:] == list(extra)
+    extra = ("--tensor-parallel-size", "4", "--max-model-len", "8192", "--load-format", "safetensors", "--load-format=auto")
+    extra += ("--reasoning-parser", "qwen3")
+    assert make_plan(run, device="gpu", extra=extra).command[-len(extra) :] == list(extra)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ SHOWN = 3  # dropped items named in the terminal; dataset.json names all
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     with dataset.claimed(args.out) as journal:
+        dataset.check_source(args.out, args.source, source_files(args))
         loaded = load(args)
         rows = check_rows(args, loaded, journal)
         split_rows(rows, args.ratios, args.seed, args.near_duplicates, loaded.drops)
@@ -99,7 +100,9 @@ def source_parser(subparsers, name: str, text: str) -> argparse.ArgumentParser:
     """A subparser with the flags that all sources share."""
     parser = subparsers.add_parser(name, help=text, description=text)
     shared = parser.add_argument_group("for every source")
-    shared.add_argument("--out", type=Path, default=Path("data") / name, metavar="DIR", help="the data set; replaced when done")
+    shared.add_argument(
+        "--out", type=Path, default=Path("data") / name, metavar="DIR", help="the data set; one of the same source is replaced"
+    )
     shared.add_argument("--ratios", type=ratios, default="70/15/15", metavar="T/V/T", help="train/validation/test shares")
     shared.add_argument("--seed", type=int, default=42, help="of splits, subsets and phantoms")
     shared.add_argument("--max-images", type=int, metavar="N", help="keep N images, drawn across the categories")
@@ -192,6 +195,13 @@ def load(args: argparse.Namespace) -> sources.Loaded:
         images_per_patient=args.images_per_patient,
         workers=args.workers,
     )
+
+
+def source_files(args: argparse.Namespace) -> list[Path]:
+    """What tells one source from another of its kind; nothing where the kind alone does."""
+    if args.source == "sheet":
+        return [*args.workbooks, args.images]
+    return args.tables if args.source == csv_text.SOURCE else []
 
 
 def arguments(args: argparse.Namespace) -> dict:

@@ -8,7 +8,7 @@ import glob
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sonovqa.cli import UserError
@@ -138,6 +138,31 @@ def check_output(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / "dataset.json").is_file():
         raise UserError(
             f"--out holds something else than a data set; {out}; a new folder, or a data set to replace; choose another"
+        )
+
+
+def check_source(out: Path, kind: str, files: Iterable[Path] = ()) -> None:
+    """Refuse to replace a data set by one of another source: two clinics' sheets have the same ``--out`` where none is given.
+
+    Args:
+        kind: of source, as ``dataset.json`` names it.
+        files: sheets or tables and the folder of images that are about to be read; one in common makes it the same source.
+
+    Raises:
+        UserError: what lies at ``out`` was made from something else.
+    """
+    try:
+        told = about(out).get("source") or {}
+    except UserError:  # none, or one that nobody can read: nothing is lost with it
+        return
+    kept = [*told.get("sheets", ()), *told.get("tables", ()), *([told["images"]] if isinstance(told.get("images"), str) else [])]
+    wanted = {Path(file).resolve() for file in files}
+    same = not (kept and wanted) or any(Path(file).resolve() in wanted for file in kept)
+    if told.get("kind") not in (None, kind) or not same:
+        what = f"{told['kind']}{', ' + ', '.join(kept) if kept else ''}"
+        raise UserError(
+            f"--out holds a data set of another source; {out}: {what}; a new folder, or a set of the same source; "
+            f"choose another --out, or remove {out}"
         )
 
 

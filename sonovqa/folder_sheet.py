@@ -234,11 +234,19 @@ def write_workbook(out: Path, table: list[list[str]], settings: dict) -> None:
         book.save(part)
 
 
-def add_row(sheet, values: list[str]) -> None:
-    """Append text cells; never a formula, whatever a model or a file name begins with."""
-    sheet.append([""] * len(values))
-    for cell, value in zip(sheet[sheet.max_row], values, strict=True):
+def add_row(sheet, values: list[str]) -> int:
+    """Append text cells; never a formula, whatever a model or a file name begins with.
+
+    Returns:
+        The row's number. To look for the last row instead (``max_row``) takes as long as the sheet has cells.
+    """
+    from openpyxl.cell import Cell
+
+    cells = [Cell(sheet) for _ in values]
+    for cell, value in zip(cells, values, strict=True):
         set_cell(cell, value)
+    sheet.append(cells)
+    return cells[0].row
 
 
 def set_cell(cell, value: str) -> None:

@@ -9,11 +9,12 @@ its answers: of a choice run ("head" in its run.json) the page would show noise,
 <marks>/marks.xlsx, at once to a journal beside it and within seconds to minutes to the workbook. Up to the last mark it becomes
 a data set by:
 
-    python prepare_dataset.py sheet outputs/marks/marks.xlsx --images outputs/marks/images --group-column Patient
+    python prepare_dataset.py sheet outputs/marks/marks.xlsx --images outputs/marks/images --out data/marks --group-column Patient
     # without --group-column where no patient code was given; three patients are the least, one a split
 
-Stop the page before you change the workbook by hand: whoever writes last wins. A copy for elsewhere is whole once the page has
-stopped, or after `python -m sonovqa.marks_book outputs/marks/marks.xlsx`.
+While a spreadsheet program has the workbook open, marks wait in the journal; close it, and they follow. Where the program leaves
+no lock file beside it, whoever writes last wins: then stop the page first (`sonovqa.marks_book --again` mends what was lost). A
+copy for elsewhere is whole once the page has stopped, or after `python -m sonovqa.marks_book outputs/marks/marks.xlsx`.
 """
 
 from __future__ import annotations
@@ -153,10 +154,11 @@ def greeting(args: argparse.Namespace) -> str:
     host = serving_plan.address(args.host)
     scheme = "https" if args.tls_cert else "http"
     marks = args.marks / "marks.xlsx"
+    out = Path("data") / (args.marks.resolve().name or "marks")  # not data/sheet, where the clinic's own set may lie
     lines = [
         f"the page is at {scheme}://{host}:{args.port}, asking {args.endpoint}",
         f"marks go to {marks}; a data set of them: python prepare_dataset.py sheet {marks} --images {args.marks / 'images'} "
-        "--group-column Patient (leave that out where no patient code was given)",
+        f"--out {out} --group-column Patient (without --group-column where no patient code was given)",
     ]
     if not (args.tls_cert or args.behind_tls or serving_plan.is_loopback(args.host)):
         lines.append("without --tls-cert images and key travel unencrypted: for a trusted network only, or with --behind-tls")

@@ -156,7 +156,8 @@ class PageEndpoint(Endpoint):
             yield {"error": problem}
             return
         request = self._request(messages, max_new_tokens) | {"stream": True, "logprobs": True}
-        model = {"model": self.name}  # of this answer: by the time it is marked the server may run another
+        # Of this answer: by the time it is marked or printed the server may run another.
+        model = {"model": self.name, "served": self.model}
         for attempt in itertools.count(1):
             said = Said()
             try:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import datetime
 import os
+import secrets
 import subprocess
 import sys
 import time
@@ -97,9 +98,9 @@ class MarksSheet:
         """
         name = image.sha256[:16] + image.suffix
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.folder)
+            marks_book.check_form(self.path)  # not under the lock: where the workbook is new it takes a while
             with marks_book.locked(marks_book.journal_lock(self.path)):
-                marks_book.check_form(self.path)
                 before = [view for view in (*CATEGORIES, UNSORTED) if (self.images / view / name).exists()]
                 view = category if category in CATEGORIES else next(iter(before), UNSORTED)
                 with self._image(self.images / view / name, image.data):
@@ -117,12 +118,18 @@ class MarksSheet:
 
     @contextlib.contextmanager
     def _image(self, place: Path, data: bytes):
-        """Keep the image if it is not there yet, and only if what comes next succeeds."""
+        """Keep the image if it is not there yet, and only if what comes next succeeds. It is on the disk before that.
+
+        The folders' names too: a line of the journal that outlives a power cut while its image does not is of no use. They are
+        synced again for an image that was there, whose process may have died before it came to that.
+        """
         is_new = not place.exists()
-        if is_new:
-            with files.replacing(place) as part:
-                part.write_bytes(data)
         try:
+            if is_new:
+                with files.replacing(place) as part:
+                    part.write_bytes(data)
+            for folder in (place.parent, self.images, self.folder):
+                files.sync_folder(folder)
             yield
         except BaseException:
             if is_new:
@@ -130,36 +137,48 @@ class MarksSheet:
             raise
 
     def _entry(self, name: str, view: str, patient: str, marks: list[Mark], model: str) -> dict:
-        """A line of the journal (`marks_book.append`). Its time tells it from all others, so it is finer than a second."""
-        now, log = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"), []
+        """A line of the journal (`marks_book.append`). Its id tells it from all others; in a burst a time does not."""
+        now, log, own_id = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds"), [], secrets.token_hex(8)
         for mark in marks:
             confidence = "" if mark.confidence is None else f"{mark.confidence:.4f}"
-            log.append([now, name, mark.question_id, mark.model or model, mark.answer, confidence, mark.verdict, mark.correction])
+            told = [mark.model or model, mark.answer, confidence, mark.verdict, mark.correction]
+            log.append([now, name, mark.question_id, *told, own_id])
         answers = {mark.question_id: mark.annotation(self.variant) for mark in marks}
-        return {"image": name, "view": view, "patient": patient, "answers": answers, "log": log}
+        return {"id": own_id, "image": name, "view": view, "patient": patient, "answers": answers, "log": log}
 
     def write(self) -> None:
         """Bring the workbook up to date, in another process; `trouble` says why where that cannot be done."""
-        if not marks_book.is_behind(self.path):
-            return
-        words = [sys.executable, "-m", "sonovqa.marks_book", str(self.path.absolute())]
-        try:  # a session of its own: Ctrl-C in the page's terminal leaves the workbook to be finished
-            done = subprocess.run(
-                words, cwd=ROOT, env=os.environ | QUIET, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True
-            )
-            lines = done.stderr.decode(errors="replace").splitlines() or [f"status {done.returncode}"]
-            told = "" if done.returncode == 0 else next((line for line in lines if line.startswith("error:")), lines[-1])
-        except OSError as fault:  # no memory for another process
-            told = str(fault)
-        self.trouble = told[:500] or None
-        if self.trouble:
+        before = self.trouble
+        try:
+            self.trouble = self._written()[:500] or None
+        except (OSError, UserError) as fault:  # a disk that is away for a moment, no memory for another process
+            self.trouble = str(fault)[:500] or type(fault).__name__
+        if self.trouble and self.trouble != before:
             print(f"marks are kept, but not in the sheet yet: {self.trouble}", file=sys.stderr, flush=True)
 
+    def _written(self) -> str:
+        """Bring the workbook up to date where it is not; "", or what went wrong."""
+        if not marks_book.is_behind(self.path):
+            return ""
+        marks_book.check_closed(self.path)  # here as well: it may be open all day, and a process to find that out costs a second
+        words = [sys.executable, "-m", "sonovqa.marks_book", str(self.path.absolute())]
+        done = subprocess.run(  # a session of its own: Ctrl-C in the page's terminal leaves the workbook to be finished
+            words, cwd=ROOT, env=os.environ | QUIET, stdin=subprocess.DEVNULL, capture_output=True, start_new_session=True
+        )
+        if done.returncode == 0:
+            marks_book.check_form(self.path)  # here, so that nobody who saves has to wait for it
+            return ""
+        lines = done.stderr.decode(errors="replace").splitlines() or [f"status {done.returncode}"]
+        return next((line for line in lines if line.startswith("error:")), lines[-1])
+
     async def follow(self) -> None:
-        """Keep the workbook up to date until cancelled, with rests that grow with it."""
+        """Keep the workbook up to date until cancelled, with rests that grow with it; no fault ends it."""
         while True:
             began = time.monotonic()
-            await asyncio.to_thread(self.write)
+            try:
+                await asyncio.to_thread(self.write)
+            except (OSError, RuntimeError) as fault:  # nobody reads what the page prints; no thread is to be had
+                self.trouble = str(fault)[:500] or type(fault).__name__
             await asyncio.sleep(max(SHORTEST_REST, REST * (time.monotonic() - began)))
 
 

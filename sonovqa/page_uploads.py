@@ -87,7 +87,7 @@ def read(data: bytes) -> Upload:
     """Check an image file's bytes and make what the endpoint is to see of them. Raises `Refusal` with what is wrong."""
     from PIL import Image
 
-    from sonovqa.endpoint import encoded_as_seen
+    from sonovqa.endpoint import LARGEST_URL, encoded_as_seen, is_sendable
 
     if not data:
         raise Refusal(422, "The file is empty. Choose an image.")
@@ -97,4 +97,7 @@ def read(data: bytes) -> Upload:
     with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
         suffix = SUFFIXES[image.format]
     seen, mime = encoded_as_seen(data)
+    if not is_sendable(seen):
+        sizes = f"{len(seen) / 1e6:.0f} MB as it is sent, at most {LARGEST_URL * 0.75 / 1e6:.0f} MB can be"
+        raise Refusal(422, f"This image is too large for the model's server: {sizes}. Save it smaller, or crop it.")
     return Upload(data, seen, mime, suffix, checked.sha256, checked.width, checked.height)

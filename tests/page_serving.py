@@ -129,7 +129,7 @@ class Running:
 
     def __exit__(self, *fault) -> None:
         self.server.should_exit = True
-        self.thread.join(20)
+        self.thread.join(120)
         assert not self.thread.is_alive()
 
 
@@ -163,7 +163,7 @@ def opened(chromium, url: str, width: int = 1280, height: int = 900):
     """A new user's browser page at ``url``. Fails if the page wrote an error of its own to the console."""
     context = chromium.new_context(viewport={"width": width, "height": height}, reduced_motion="reduce", locale="en-GB")
     tab = context.new_page()
-    tab.set_default_timeout(30_000)
+    tab.set_default_timeout(120_000)  # against hanging only: a busy machine takes long for anything
     faults = []
     tab.on("pageerror", lambda fault: faults.append(str(fault)))
     tab.goto(url)

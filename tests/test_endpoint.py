@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import threading
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 from stand_in import StandIn, complete, cut, send, stream
 
-from sonovqa import chat, endpoint
+from sonovqa import chat, endpoint, serving_gate
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import EngineError, ImageRequest
@@ -121,12 +123,23 @@ def test_refused_request_fails_at_once_with_the_servers_words(status):
 
 
 def test_slow_server_times_out_and_one_failure_spoils_no_other():
+    release = threading.Event()
+
     def stuck(prompt, attempt):
-        time.sleep(0.6 if prompt == "stuck" else 0.0)
+        if prompt == "stuck":
+            release.wait(120)
         return "yes"
 
+    class Impatient(Endpoint):
+        """With the one that never comes only: the other may take as long as a busy machine needs."""
+
+        async def _tried(self, client, request, read):
+            self.timeout = 0.1 if "stuck" in str(request["messages"][-1]["content"][-1]) else 120
+            return await super()._tried(client, request, read)
+
     with StandIn(stuck) as server:
-        replies = ask(engine(server, timeout=0.2, retries=1), "stuck", "fine")
+        replies = ask(Impatient(server.url, "run", in_flight=1, timeout=120, retries=1, backoff=0.01), "stuck", "fine")
+        release.set()
     assert replies["a/0.png", "Q1"].error == "no answer in time (tried 2 times)"
     assert replies["a/0.png", "Q2"].text == "yes"
 
@@ -206,6 +219,46 @@ def test_rotation_is_applied_before_sending():
     exif[0x0112] = 6
     sent, _ = endpoint.encoded_as_seen(picture(format_="JPEG", exif=exif))
     assert Image.open(io.BytesIO(sent)).size == (24, 32)
+
+
+def photograph(width: int = 320, height: int = 240) -> bytes:
+    """A JPEG as telephones make them: a picture with a sensor's noise, to be turned when it is shown."""
+    random = np.random.default_rng(0)
+    smooth = Image.fromarray(random.integers(0, 255, (height // 40, width // 40, 3), dtype=np.uint8))
+    noisy = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC)) + random.integers(-5, 6, (height, width, 1))
+    stream, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90, exif=exif)
+    return stream.getvalue()
+
+
+def test_a_photograph_that_is_turned_keeps_its_pixels_unless_it_is_huge(monkeypatch):
+    data = photograph()
+    exact = chat.open_image(data)
+    sent, mime = endpoint.encoded_as_seen(data)
+    assert mime == "image/png" and Image.open(io.BytesIO(sent)).tobytes() == exact.tobytes() and exact.size == (240, 320)
+    monkeypatch.setattr(endpoint, "LARGEST_EXACT", 320 * 240 - 1)
+    smaller, mime = endpoint.encoded_as_seen(data)
+    shown = Image.open(io.BytesIO(smaller))
+    assert (mime, shown.format, shown.size, shown.getexif().get(0x0112)) == ("image/jpeg", "JPEG", (240, 320), None)
+    assert len(smaller) < len(sent) / 2
+    seen = [np.asarray(image.reduce(8), dtype=int) for image in (shown, exact)]  # as far as a model's pixel budget brings it
+    assert np.abs(seen[0] - seen[1]).max() <= 2
+
+
+def test_an_image_whose_png_is_more_than_the_gate_takes_is_sent_as_jpeg(monkeypatch):
+    data = picture("RGB", "BMP")
+    assert endpoint.encoded_as_seen(data)[1] == "image/png"
+    monkeypatch.setattr(endpoint, "LARGEST_URL", 10)
+    assert endpoint.encoded_as_seen(data)[1] == "image/jpeg"
+
+
+def test_what_counts_as_sendable_passes_the_gate_of_serve_sh():
+    """A request is the data URL and at most 25 texts of 8,000 characters, of four bytes each."""
+    assert endpoint.LARGEST_URL + 25 * 8000 * 4 + 10_000 < serving_gate.LARGEST_BODY
+    encoded = bytes(endpoint.LARGEST_URL // 4 * 3)
+    assert endpoint.is_sendable(encoded) and not endpoint.is_sendable(encoded + bytes(3))
+    assert len(base64.b64encode(encoded)) <= endpoint.LARGEST_URL
 
 
 def test_check_settles_on_the_only_model():

@@ -14,9 +14,10 @@ import pytest
 import stand_in
 from keys_and_ports import free_port, no_keys  # noqa: F401 - one is a fixture
 from page_serving import ANSWERS, SURE, UNSURE, Running, arguments, bomb, png, script
+from PIL import ImageFile
 from starlette.testclient import TestClient
 
-from sonovqa import chat, page, page_answers, page_app, page_guard
+from sonovqa import chat, endpoint, page, page_answers, page_app, page_guard
 from sonovqa.page_uploads import Shelf, read
 
 KEY = "a-key-of-the-page-test"
@@ -146,7 +147,7 @@ def test_a_reader_who_leaves_in_mid_stream_leaves_nothing_behind(tmp_path, capfd
             with httpx2.stream("POST", running.url + "api/answers", json={"image": name} | more, trust_env=False) as reply:
                 assert next(reply.iter_bytes())
         waited = time.monotonic()
-        while running.page.answering.inside and time.monotonic() - waited < 10:
+        while running.page.answering.inside and time.monotonic() - waited < 120:
             time.sleep(0.02)
         assert running.page.answering.inside == 0
     assert "Traceback" not in capfd.readouterr().err
@@ -214,12 +215,22 @@ def test_an_answer_cut_at_its_limit_says_so(tmp_path):
     ],
     ids=["empty", "no image", "truncated", "bomb", "tiny"],
 )  # fmt: skip
-def test_what_is_no_usable_image_is_refused_in_words(tmp_path, data, words):
-    started = time.monotonic()
+def test_what_is_no_usable_image_is_refused_in_words(tmp_path, monkeypatch, data, words):
+    decoded, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image.size) or load(image))
     with client(tmp_path) as browser:
         response = browser.post("/api/images", content=data, headers=BYTES)
     assert response.status_code == 422 and words in response.json()["error"]
-    assert time.monotonic() - started < 5  # the bomb is refused by its header
+    assert max((width * height for width, height in decoded), default=0) < 10_000  # the bomb is refused by its header
+
+
+def test_an_image_that_no_request_could_hold_is_refused_at_once(tmp_path, monkeypatch):
+    """Not by the model's server, forty times over, after it was sent whole each time."""
+    monkeypatch.setattr(endpoint, "LARGEST_URL", 4000)
+    with client(tmp_path) as browser:
+        response = browser.post("/api/images", content=png(), headers=BYTES)
+        assert response.status_code == 422 and not browser.page.shelf.held
+    assert "too large for the model's server" in response.json()["error"]
 
 
 def test_uploads_are_counted_before_and_while_they_come(tmp_path, monkeypatch):

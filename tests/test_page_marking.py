@@ -22,7 +22,8 @@ from page_serving import (
 )
 from test_page_faults import answered, give
 
-from sonovqa import marks_book
+from sonovqa import chat, marks_book
+from sonovqa.questions import REPORT_ID
 
 DETAILS = {"patient": "P-7", "context": "Pixel size: 0.1 mm", "category": "Brain"}
 
@@ -72,13 +73,13 @@ def test_a_mark_made_while_others_are_saved_is_not_taken_for_saved(tmp_path, chr
 
         def slow(*marks):
             saving.set()
-            assert marked.wait(20)
+            assert marked.wait(120)
             return save(*marks)
 
         running.page.sheet.save = slow
         tab.click("#Q1 .right")
         tab.click("#save")
-        assert saving.wait(20)
+        assert saving.wait(120)
         tab.click("#Q2 .right")
         marked.set()
         tab.locator("#marked").get_by_text("Saved: 1 mark; the sheet holds 1 image. 1 mark not saved yet.").wait_for()
@@ -109,7 +110,7 @@ def test_nothing_is_asked_again_while_answers_stream(tmp_path, chromium):
 
     def waiting(prompt: str, attempt: int):
         def answer(handler):
-            assert go_on.wait(20)
+            assert go_on.wait(120)
             script(prompt, attempt)(handler)
 
         return answer if "plane" in prompt.lower() else script(prompt, attempt)
@@ -180,7 +181,7 @@ class Held:
         self.go, self.add, running.page.shelf.add = threading.Event(), running.page.shelf.add, self
 
     async def __call__(self, data: bytes):
-        assert await asyncio.to_thread(self.go.wait, 20)
+        assert await asyncio.to_thread(self.go.wait, 120)
         return await self.add(data)
 
 
@@ -227,7 +228,7 @@ def test_marks_saved_while_the_next_image_is_sent_stay_with_theirs(tmp_path, chr
         tab.locator("#caption").get_by_text("second.png").wait_for()
         answered(tab)
         waited = time.monotonic()
-        while not (kept := list(tmp_path.rglob("*.png"))) and time.monotonic() - waited < 20:
+        while not (kept := list(tmp_path.rglob("*.png"))) and time.monotonic() - waited < 120:
             time.sleep(0.05)
     assert [path.read_bytes() for path in kept] == [png()]
 
@@ -254,6 +255,30 @@ def test_what_is_asked_while_the_next_image_is_sent_stays_out_of_its_answers(tmp
         tab.locator("#caption").get_by_text("second.png").wait_for()
         tab.wait_for_selector("#Q8[data-state=unsure]")
         assert answered(tab) == ANSWERS
+        assert all(tab.locator(f"#{question_id} .right").is_visible() for question_id in ANSWERS)
+
+
+def test_answers_can_be_marked_though_all_were_asked_again_while_their_image_was_sent(tmp_path, chromium):
+    """The asking that is stopped ends after the new image's began: it must leave the cards to that."""
+
+    def slowly(prompt: str, attempt: int):
+        return told("of the first image " * 200, SURE, pause=0.05) if attempt == 2 else script(prompt, attempt)
+
+    with used(chromium, tmp_path, slowly, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        held = Held(running)
+        give(tab, png(seed=1), "second.png")
+        tab.wait_for_selector("#drop[data-state=sending]")
+        tab.click("#all")
+        tab.locator("#Q8 .text").get_by_text("of the first").wait_for()
+        held.go.set()
+        tab.locator("#caption").get_by_text("second.png").wait_for()
+        tab.wait_for_selector("#Q8[data-state=unsure]")
+        assert answered(tab) == ANSWERS and tab.locator(".problem:visible").count() == 0
+        assert all(tab.locator(f"#{question_id} .{name}").is_visible() for question_id in ANSWERS for name in ("right", "wrong"))
+        tab.click("#Q3 .right")
+        assert tab.locator("#save").is_enabled()
 
 
 def test_a_mark_that_was_saved_can_be_taken_back(tmp_path, chromium):
@@ -310,3 +335,38 @@ def test_a_mark_names_the_model_that_answered_and_not_the_one_served_since(tmp_p
     marks_book.bring_up_to_date(running.page.sheet.path)
     (row,) = load_workbook(running.page.sheet.path).worksheets[1].iter_rows(min_row=2, values_only=True)
     assert row[3] == before != running.page.endpoint.name
+
+
+def on_paper(tab) -> dict[str, str]:
+    """The facts beside the image on the printed report."""
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    names, values = (tab.locator(f"#report {kind}").all_text_contents() for kind in ("dt", "dd"))
+    return dict(zip(names, values, strict=True))
+
+
+def test_a_report_names_the_model_and_the_context_that_each_answer_was_made_with(tmp_path, chromium):
+    """Not what is served, or stands in the field, when it is printed."""
+
+    def reporting(prompt: str, attempt: int):
+        return told("all is well", SURE) if chat.prompt_for(REPORT_ID, "") in prompt else script(prompt, attempt)
+
+    with used(chromium, tmp_path, reporting, "--no-labels") as (tab, running, behind):
+        tab.wait_for_selector("#Q8")
+        tab.click("summary")
+        tab.fill("#context", "Pixel size: 0.1 mm")
+        give(tab)
+        answered(tab)
+        tab.click("#whole")
+        tab.wait_for_selector("#whole:enabled")
+        tab.fill("#context", "Pixel size: 9 mm")
+        running.page.endpoint.model = "another"
+        paper = on_paper(tab)
+        assert (paper["Model"], paper["Told to the model"]) == ("run", "Pixel size: 0.1 mm")
+        tab.fill("#context", "")
+        tab.click("#Q3 .again")
+        answered(tab)
+        paper = on_paper(tab)
+        assert paper["Model"].startswith("run (") and paper["Model"].endswith("; another (Imaging Plane)")
+        assert paper["Told to the model"].endswith("; nothing (Imaging Plane)")
+        by = tab.locator("#report h2 + .hint").text_content()
+        assert by.endswith(", run, told: Pixel size: 0.1 mm")

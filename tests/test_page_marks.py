@@ -96,6 +96,7 @@ def test_nothing_from_a_request_becomes_a_path(tmp_path):
         "marks/.lock",
         f"marks/images/Unsorted/{read(png()).sha256[:16]}.png",
         "marks/marks.xlsx",
+        "marks/marks.xlsx.merged",
     ]
 
 

@@ -128,6 +128,27 @@ def test_the_same_input_gives_the_same_data_set(tmp_path):
     assert third["fingerprint"] != first["fingerprint"]
 
 
+def test_a_data_set_of_another_source_is_not_replaced(tmp_path):
+    """Two clinics, or a clinic and the page's marks, have the same --out where none is given."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        clinic(tmp_path / name)
+
+    def words(name: str, sheet: str = "annotations.xlsx") -> list[str]:
+        return [str(tmp_path / name / sheet), "--images", str(tmp_path / name / "images")]
+
+    out = ["--out", str(tmp_path / "data")]
+    prepare_dataset.main(["sheet", *words("one"), *out])
+    before = (tmp_path / "data" / "dataset.json").read_bytes()
+    for other in (["sheet", *words("two")], ["phantoms", "--images", "20", "--size", "64x48"]):
+        with pytest.raises(UserError, match=r"another source; .*: sheet, .*one/annotations.xlsx.*; choose another --out") as told:
+            prepare_dataset.main([*other, *out])
+        assert "\n" not in str(told.value) and (tmp_path / "data" / "dataset.json").read_bytes() == before
+    (tmp_path / "one" / "annotations.xlsx").rename(tmp_path / "one" / "of today.xlsx")
+    prepare_dataset.main(["sheet", *words("one", "of today.xlsx"), *out])  # its images are the same source
+    assert (tmp_path / "data" / "dataset.json").read_bytes() != before
+
+
 def test_max_images_is_drawn_across_categories(tmp_path):
     clinic(tmp_path)
     (tmp_path / "images" / "Abdomen" / "img_000.png").write_bytes(b"broken")

@@ -20,8 +20,9 @@ export class Card {
     this.clear();
   }
 
-  clear(state = "empty") {
-    Object.assign(this, { answer: null, confidence: null, isUnsure: false });
+  // `context`: what the model is told with the question; `asking`: whose answer may be put here.
+  clear(state = "empty", context = "", asking = null) {
+    Object.assign(this, { answer: null, confidence: null, isUnsure: false, model: "", served: "", context, asking });
     this.node.dataset.state = state;
     this.find(".text").textContent = "";
     this.find(".percent").textContent = state === "asking" ? "asking …" : "";
@@ -48,7 +49,7 @@ export class Card {
   }
 
   answered(event, unsureBelow) {
-    Object.assign(this, { answer: event.answer, confidence: event.confidence, model: event.model });
+    Object.assign(this, { answer: event.answer, confidence: event.confidence, model: event.model, served: event.served });
     this.isUnsure = !event.weighing && event.confidence !== null && event.confidence < unsureBelow;
     this.node.dataset.state = this.isUnsure ? "unsure" : "done";
     this.find(".text").textContent = event.answer + (event.cut ? " … (cut off at the limit of length)" : "");
@@ -62,7 +63,7 @@ export class Card {
     const others = (event.labels ?? []).slice(1).filter(([, p]) => p >= 0.01);
     this.find(".also").textContent = `Otherwise: ${others.map(([name, p]) => `${name} (${percent(p)})`).join(", ")}`;
     this.find(".also").hidden = !others.length;
-    this.find(".marks").hidden = false;
+    for (const name of [".marks", ".right", ".wrong"]) this.find(name).hidden = false;
   }
 
   problem(words) {

@@ -18,7 +18,14 @@ export class Fault extends Error {
   }
 }
 
-const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+const stopped = () => new DOMException("aborted", "AbortError");
+
+// Ends at once when nobody waits any more: what is stopped must be over before the next begins.
+const pause = (seconds, signal) =>
+  new Promise((resolve) => {
+    setTimeout(resolve, 1000 * seconds);
+    signal?.addEventListener("abort", resolve, { once: true });
+  });
 
 // A response with status 200. A busy page is asked again a few times; `waiting` is told why nothing happens meanwhile.
 async function fetched(path, options, waiting, unreached = UNREACHED) {
@@ -38,8 +45,8 @@ async function fetched(path, options, waiting, unreached = UNREACHED) {
       throw new Fault(words, response.status);
     }
     waiting?.("The page is busy. You are in the queue and need do nothing.");
-    await pause(PATIENCE[attempt] * (0.5 + Math.random()));
-    if (options.signal?.aborted) throw new DOMException("aborted", "AbortError");
+    await pause(PATIENCE[attempt] * (0.5 + Math.random()), options.signal);
+    if (options.signal?.aborted) throw stopped();
   }
 }
 
@@ -69,7 +76,10 @@ export async function* events(path, value, signal, waiting) {
       const { value: piece, done } = await reader.read();
       const lines = (rest + (piece ?? "")).split("\n");
       rest = lines.pop();
-      for (const line of lines) yield JSON.parse(line);
+      for (const line of lines) {
+        yield JSON.parse(line);
+        if (signal?.aborted) throw stopped(); // what came with it is of no use to anybody either
+      }
       if (done) return;
     }
   } catch (fault) {

@@ -5,7 +5,7 @@ import { fill, sections } from "./report.js";
 
 const $ = (id) => document.getElementById(id);
 const SECONDS = { well: 60, ill: 5 }; // between two looks at the model's server
-const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: "", saved: {}, running: 0, stop: null, timer: null };
+const page = { settings: null, cards: [], file: null, image: null, url: null, date: "", turns: [], written: null, saved: {}, running: 0, stop: null, timer: null };
 
 const told = (value) => value.trim();
 const now = () => new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" }).format(new Date());
@@ -109,7 +109,7 @@ function show(file, { image, width, height, blob }) {
 
 // What belonged to the image before this one, its details too; those given before the first image are meant for it.
 function forget(replaced) {
-  Object.assign(page, { turns: [], written: "", saved: {}, date: now() });
+  Object.assign(page, { turns: [], written: null, saved: {}, date: now() });
   $("talk").replaceChildren();
   $("written").hidden = true;
   for (const id of ["print", "whole", "question", "send"]) $(id).disabled = false;
@@ -129,11 +129,12 @@ async function* withImage(make, signal) {
   }
 }
 
-function question(more) {
+function question(more, context) {
   const { signal } = page.stop;
-  const context = told($("context").value);
   return withImage((image) => events("api/answers", { image, context, ...more }, signal, announce), signal);
 }
+
+const contextNow = () => told($("context").value);
 
 // ---- the eight answers ----
 
@@ -146,18 +147,20 @@ function running(change) {
 
 const again = (id) => mayForget(page.cards.filter((card) => card.id === id)) && askEight(id);
 
+// Cards belong to the asking that cleared them last: one that was stopped ends after the next image's began, and leaves them alone.
 async function askEight(only = null) {
   const cards = page.cards.filter((card) => only === null || card.id === only);
-  for (const card of cards) card.clear("asking");
+  const context = contextNow();
+  const { signal } = page.stop;
+  for (const card of cards) card.clear("asking", context, signal);
   counted();
   const open = new Map(cards.map((card) => [card.id, card]));
-  const signal = page.stop.signal;
   let failed = "";
   running(1);
   try {
-    for await (const event of question(only === null ? {} : { question: only })) {
+    for await (const event of question(only === null ? {} : { question: only }, context)) {
       const card = open.get(event.question ?? only);
-      card.hear(event, page.settings.unsure_below);
+      if (card.asking === signal) card.hear(event, page.settings.unsure_below);
       failed = event.error ?? failed;
     }
     if (failed) {
@@ -168,7 +171,7 @@ async function askEight(only = null) {
     if (cards.some((card) => card.node.dataset.state === "asking")) throw new Error("The connection to the page broke off. Try again.");
   } catch (fault) {
     const words = signal.aborted ? "Stopped: another image was chosen." : fault.message;
-    for (const card of cards) if (card.node.dataset.state === "asking") card.fail(words);
+    for (const card of cards) if (card.asking === signal && card.node.dataset.state === "asking") card.fail(words);
     if (signal.aborted) return;
     say(words);
   } finally {
@@ -194,9 +197,10 @@ async function askFree(event) {
   $("send").disabled = true;
   turn(words, "asked");
   const node = turn("", "said");
-  const before = page.turns.slice(-page.settings.latest_turns).map((said) => said.slice(0, page.settings.longest_turn));
-  if (await stream(node, node, { turns: [...before, words] })) {
-    page.turns.push(words, node.textContent);
+  const { turns } = page; // of this image, should another come meanwhile
+  const before = turns.slice(-page.settings.latest_turns).map((said) => said.slice(0, page.settings.longest_turn));
+  if (await stream(node, node, { turns: [...before, words] }, contextNow())) {
+    turns.push(words, node.textContent);
     $("question").value = "";
   }
   $("send").disabled = false;
@@ -206,26 +210,31 @@ async function askFree(event) {
 async function askWhole() {
   $("whole").disabled = true;
   const [text, problem] = $("written").children;
+  const { signal } = page.stop;
+  const context = contextNow();
   text.textContent = "";
   problem.hidden = true;
+  page.written = null;
   $("written").hidden = false;
-  page.written = (await stream(text, problem, { question: "report" })) ? text.textContent : "";
-  if (page.written) text.replaceChildren(...sections(page.written));
+  const last = await stream(text, problem, { question: "report" }, context);
   $("whole").disabled = false;
+  if (signal.aborted) return; // all of this is another image's by now
+  if (last) page.written = { text: last.answer, model: last.served, context, date: now() };
+  if (last) text.replaceChildren(...sections(last.answer));
 }
 
-// Fills `node` with an answer as it comes, or `problem` with why there is none; true if it came to its end.
-async function stream(node, problem, value) {
+// Fills `node` with an answer as it comes, or `problem` with why there is none; its last event if it came to its end.
+async function stream(node, problem, value, context) {
   const fail = (words) => {
     problem.textContent = words;
     problem.classList.add("problem");
     problem.hidden = false;
     say(words);
-    return false;
+    return null;
   };
   node.classList.add("waiting");
   try {
-    for await (const event of question(value)) {
+    for await (const event of question(value, context)) {
       if (event.again !== undefined) {
         node.textContent = "";
         announce(event.again);
@@ -234,12 +243,12 @@ async function stream(node, problem, value) {
       if (event.error !== undefined) return fail(event.error);
       if (event.answer !== undefined) {
         node.textContent = event.answer;
-        return true;
+        return event;
       }
     }
     return fail("The connection to the page broke off. Try again.");
   } catch (fault) {
-    return isStopped(fault) ? false : fail(fault.message);
+    return isStopped(fault) ? null : fail(fault.message);
   } finally {
     node.classList.remove("waiting");
   }
@@ -292,8 +301,8 @@ async function* saving(value) {
 
 function prepare() {
   const { cards, settings, url, date, written } = page;
-  const details = [["Patient code", told($("patient").value)], ["View", $("category").value], ["Told to the model", told($("context").value)]];
-  const facts = { cards, model: settings.model, notice: settings.notice, image: url, details, written, unsureBelow: settings.unsure_below, date };
+  const details = [["Patient code", told($("patient").value)], ["View", $("category").value]];
+  const facts = { cards, notice: settings.notice, image: url, details, written, unsureBelow: settings.unsure_below, date };
   fill($("report"), facts);
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,35 @@ from sonovqa import files, torchvision_ops  # noqa: E402
 from sonovqa.questions import QUESTIONS, SYSTEM_TEXT  # noqa: E402
 
 torchvision_ops.declare()
+
+#: Why a test is skipped where a browser, vLLM or Node is missing; not where a test suits another machine or other data.
+MISSING = re.compile(r"is not installed|there is no |no Chromium|could not import", re.IGNORECASE)
+
+
+def proven_nothing(report) -> str | None:
+    """Why a test or a file of tests was skipped that `SONOVQA_ALL_TESTS` wants to have run, else ``None``."""
+    if not os.environ.get("SONOVQA_ALL_TESTS") or not report.skipped or hasattr(report, "wasxfail"):
+        return None
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason if MISSING.search(reason) else None
+
+
+def failing(report):
+    """The report, as a failure where it is a skip that must not be."""
+    if reason := proven_nothing(report):
+        report.outcome, report.longrepr = "failed", f"SONOVQA_ALL_TESTS is set: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    return failing((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    return failing((yield))
+
 
 CORPUS = [SYSTEM_TEXT, *(q.prompts["default"] for q in QUESTIONS.values())] * 20 + [
     "cephalic, axial, occiput left",

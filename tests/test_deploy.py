@@ -68,11 +68,11 @@ def test_what_it_starts_can_be_run(tmp_path):
     words = [str(tmp_path / "model") if word == "/model" else word for word in words]
     env = dict(os.environ) | {"PYTHON": sys.executable, "VLLM_API_KEY_FILE": str(tmp_path / "key")}
     env.pop("VLLM_API_KEY", None)
-    done = subprocess.run([*words, "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words, "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "--host 0.0.0.0" in done.stdout and "a-key-of" not in done.stdout
     (tmp_path / "key").write_text("\n")
-    done = subprocess.run([*words, "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words, "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2 and "holds no key" in done.stderr
     check = json.loads(of_kind("HEALTHCHECK")[0].split("CMD", 1)[1])
     compile(check[-1], "healthcheck", "exec")
@@ -107,7 +107,7 @@ def test_serving_imports_nothing_that_the_container_lacks():
         "from sonovqa import page, page_answers, page_app, page_marks, page_uploads\n"
         "serving.main(['--help'])"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "--adapters" in done.stdout, done.stderr
 
 

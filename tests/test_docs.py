@@ -78,7 +78,7 @@ def test_every_command_of_a_page_runs(page, checkout):
             lines = [as_run(line)[0] for line in block.splitlines() if line.strip()]
             script = "\n".join(["set -euo pipefail", *(f"echo {n}: >&2\n{line}" for n, line in enumerate(lines))])
             done = subprocess.run(["bash", "-c", script], cwd=checkout, env=env | {"STAND_IN": server.url}, text=True,
-                                  stdin=subprocess.DEVNULL, capture_output=True, timeout=400)  # fmt: skip
+                                  stdin=subprocess.DEVNULL, capture_output=True, timeout=1200)  # fmt: skip
             assert done.returncode == 0, (
                 f"{page}, of\n{block}\nrun as\n" + "\n".join(lines) + done.stdout[-2000:] + done.stderr[-3000:]
             )

@@ -215,6 +215,6 @@ def test_vllm_gives_the_same_answers(train_one, few, tmp_path):
         wanted[str(made.folder / "merged")] = [made.live[request.image_id, question_id] for request, question_id, _ in keys]
     files.write_json(tmp_path / "asked.json", questions)
     words = [sys.executable, str(ROOT / "tests" / "ask_vllm.py"), str(tmp_path / "asked.json")]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert json.loads(done.stdout.splitlines()[-1]) == wanted

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 from keys_and_ports import free_port
 from stand_in import StandIn
-from test_endpoint import ask, engine, only, picture
+from test_endpoint import Hasty, ask, engine, only, picture
 from test_killed import finish, start
 
 from sonovqa import asking, chat, dataset, predictions
@@ -24,13 +24,17 @@ from sonovqa.cli import UserError
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import EngineError
 
-#: A server in a process of its own, which can be killed: each answer takes a while, a stream comes word by word.
+#: A server in a process of its own, which can be killed. It opens its port once it is told to, gives as many answers (or
+#: words of one) as it was allowed, and holds all others until it is killed.
 SERVER = """
-import sys, time
+import sys, threading, time
 from stand_in import StandIn, event
 
-def slowly(prompt, attempt):
-    time.sleep(float(sys.argv[2]))
+port, allowed, kind, key = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
+left = threading.Semaphore(allowed)
+
+def answer(prompt, attempt):
+    left.acquire()
     return f"answer to {prompt}"
 
 def words(prompt, attempt):
@@ -39,29 +43,41 @@ def words(prompt, attempt):
         handler.send_header("Content-Type", "text/event-stream")
         handler.end_headers()
         for i in range(12):
+            left.acquire()
             event(handler, {"delta": {"content": f"word{i} "}, "finish_reason": None})
-            time.sleep(float(sys.argv[2]))
         event(handler, {"delta": {}, "finish_reason": "stop"})
         handler.close_connection = True
     return stream
 
-with StandIn(words if sys.argv[3] == "stream" else slowly, key=sys.argv[4] or None, port=int(sys.argv[1])):
-    time.sleep(300)
+sys.stdin.readline()
+with StandIn(words if kind == "stream" else answer, key=key or None, port=port):
+    time.sleep(3600)
 """
+ALL = 10_000  # answers: more than anybody asks for
 
 
 class Killable:
     """The server on a port of its own, to be killed with SIGKILL and started again at the same address."""
 
-    def __init__(self, seconds: float = 0.05, kind: str = "answers"):
-        self.port, self.seconds, self.kind, self.process = free_port(), seconds, kind, None
+    def __init__(self, kind: str = "answers"):
+        self.port, self.kind, self.process, self.next = free_port(), kind, None, None
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
-    def start(self, key: str = "") -> None:
-        words = [sys.executable, "-c", SERVER, str(self.port), str(self.seconds), self.kind, key]
-        self.process = subprocess.Popen(words, env=os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"})
-        for _ in range(1000):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
+    def prepare(self, allowed: int = ALL, key: str = "") -> None:
+        """A process that only has to open its port: whoever asks again and again need not wait for Python to start."""
+        words = [sys.executable, "-c", SERVER, str(self.port), str(allowed), self.kind, key]
+        environment = os.environ | {"PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+        self.next = subprocess.Popen(words, stdin=subprocess.PIPE, env=environment)
+
+    def start(self, allowed: int = ALL, key: str = "") -> None:
+        """Start what was prepared, or prepare it now."""
+        if self.next is None:
+            self.prepare(allowed, key)
+        self.process, self.next = self.next, None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+        while self.process.poll() is None:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=60):
                 return
             time.sleep(0.02)
         raise AssertionError("the stand-in did not start")
@@ -69,6 +85,13 @@ class Killable:
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
+        self.process.stdin.close()
+
+    def leave(self) -> None:
+        for process in filter(None, (self.process, self.next)):
+            process.kill()
+            process.wait()
+            process.stdin.close()
 
 
 @pytest.fixture
@@ -83,8 +106,7 @@ def server(monkeypatch):
 
     yield make
     for one in made:
-        if one.process and one.process.poll() is None:
-            one.kill()
+        one.leave()
 
 
 def lines(path: Path) -> int:
@@ -99,16 +121,19 @@ def wait_for(lines_: int, path: Path, process) -> None:
 
 def test_server_killed_under_an_evaluation_and_back_within_its_retries(server, data, tmp_path):
     """Whoever evaluates does not notice: every question is answered, none failed, none asked for twice in the file."""
-    one = server(0.15)
-    one.start()
+    one = server()
+    one.start(allowed=5)
+    one.prepare()
     out = tmp_path / "out"
     command = ("evaluate.py", "--endpoint", one.url, "--data", data, "--out", out, "--no-blind", "--resamples", 0)
     process = start(*command)
     wait_for(5, out / "predictions.jsonl", process)
     one.kill()
-    time.sleep(1.5)
+    assert lines(out / "predictions.jsonl") == 5 and process.poll() is None, "others were open"
+    time.sleep(1.5)  # so that the first tries after it come to nothing
+    assert lines(out / "predictions.jsonl") == 5 and process.poll() is None
     one.start()
-    assert process.wait(120) == 0, process.stdout.read().decode()
+    assert process.wait(600) == 0, process.stdout.read().decode()
     process.stdout.close()
     rows = predictions.read(out / "predictions.jsonl")
     assert len({(row["image_id"], row["question_id"]) for row in rows}) == len(rows) == 32
@@ -118,13 +143,13 @@ def test_server_killed_under_an_evaluation_and_back_within_its_retries(server, d
 def asked(data: Path, out: Path, url: str) -> dict:
     """What `evaluate.py --endpoint` does with the test split, with an endpoint of little patience."""
     raw = dataset.load_undecoded(data)["test"]
-    made = Endpoint(url, "run", in_flight=4, timeout=5.0, retries=1, backoff=0.01)
+    made = Endpoint(url, "run", in_flight=4, timeout=60.0, retries=1, backoff=0.01)
     return asking.ask_all(raw, asking.items_of(raw), out, lambda: (made, 0.0), False, 20)[0]
 
 
 def test_server_that_stays_away_ends_it_in_one_line_and_the_same_call_goes_on(server, data, tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "MOST_UNREACHED", 5)
-    one = server(0.05)
+    one = server()
     one.start()
     path, heard = tmp_path / "predictions.jsonl", []
     whole = asking.Patience.heard
@@ -153,8 +178,8 @@ def test_server_that_stays_away_ends_it_in_one_line_and_the_same_call_goes_on(se
 def test_server_that_comes_back_with_another_key_is_given_up_and_the_right_key_goes_on(server, data, tmp_path, monkeypatch):
     monkeypatch.setattr(asking, "MOST_UNREACHED", 5)
     monkeypatch.setenv("VLLM_API_KEY", "the-old-key")
-    one = server(0.0)
-    one.start("the-new-key")
+    one = server()
+    one.start(key="the-new-key")
     with pytest.raises(UserError, match=r"refuses all that is asked.*HTTP 401.*VLLM_API_KEY") as mistake:
         asked(data, tmp_path, one.url)
     assert "the-old-key" not in str(mistake.value) and lines(tmp_path / "predictions.jsonl") < 32
@@ -164,9 +189,10 @@ def test_server_that_comes_back_with_another_key_is_given_up_and_the_right_key_g
 
 
 def test_server_killed_in_mid_stream_and_back(server):
-    one = server(0.1, kind="stream")
-    one.start()
-    pieces = Endpoint(one.url, "run", timeout=5.0, retries=5, backoff=0.2).stream(chat.openai_messages(picture(), "p"), 20)
+    one = server(kind="stream")
+    one.start(allowed=5)
+    one.prepare()
+    pieces = Endpoint(one.url, "run", timeout=60.0, retries=5, backoff=0.2).stream(chat.openai_messages(picture(), "p"), 20)
     said = [next(pieces) for _ in range(3)]
     one.kill()
     one.start()
@@ -174,9 +200,9 @@ def test_server_killed_in_mid_stream_and_back(server):
 
 
 def test_server_killed_in_mid_stream_for_good_is_a_fault_not_a_short_answer(server):
-    one = server(0.1, kind="stream")
-    one.start()
-    pieces = Endpoint(one.url, "run", timeout=5.0, retries=1, backoff=0.01).stream(chat.openai_messages(picture(), "p"), 20)
+    one = server(kind="stream")
+    one.start(allowed=5)
+    pieces = Endpoint(one.url, "run", timeout=60.0, retries=1, backoff=0.01).stream(chat.openai_messages(picture(), "p"), 20)
     next(pieces)
     one.kill()
     with pytest.raises(EngineError, match="connection"):
@@ -205,36 +231,40 @@ def test_a_thousand_requests_at_once(monkeypatch):
     assert sum(one.attempts.values()) == 1160
 
 
-def drip(handler) -> None:
-    """A byte now and then, for longer than anybody should wait."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    with contextlib.suppress(OSError):
-        for _ in range(100):
-            handler.wfile.write(b" ")
-            handler.wfile.flush()
-            time.sleep(0.05)
-
-
 def test_server_that_drips_is_not_waited_for():
+    """A byte now and then, until the client has gone: each comes long before the limit between two bytes."""
+    gone = threading.Event()
+
+    def drip(handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(2400):  # two minutes: longer than anybody should wait
+                handler.wfile.write(b" ")
+                handler.wfile.flush()
+                if gone.wait(0.05):
+                    return
+
     with StandIn(lambda prompt, attempt: drip) as one:
-        started = time.perf_counter()
-        reply = only(ask(engine(one, timeout=0.4, retries=1), "p"))
-    assert reply.error == "no answer in time (tried 2 times)" and time.perf_counter() - started < 3
+        reply = only(ask(Hasty(one.url, "run", {"p": 0.4}, retries=1, backoff=0.01), "p"))
+        gone.set()
+    assert reply.error == "no answer in time (tried 2 times)"
 
 
 def test_evaluation_killed_and_its_server_too(server, data, tmp_path):
-    one = server(0.1)
-    one.start()
+    one = server()
+    one.start(allowed=8)
     out = tmp_path / "out"
     command = ("evaluate.py", "--endpoint", one.url, "--data", data, "--out", out, "--no-blind", "--resamples", 0)
     process = start(*command)
     wait_for(8, out / "predictions.jsonl", process)
+    assert process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.communicate()
     one.kill()
     before = (out / "predictions.jsonl").read_bytes()
+    assert before.count(b"\n") == 8, "others were open"
     one.start()
     finish(*command)
     assert (out / "predictions.jsonl").read_bytes().startswith(before[: before.rfind(b"\n") + 1])

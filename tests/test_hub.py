@@ -308,13 +308,13 @@ def test_command_line_as_a_user_types_it(server, trained):
     env = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE",) and not k.lower().endswith("_proxy")}
     env |= {"HF_ENDPOINT": server.url, "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
     words = [sys.executable, "-m", "sonovqa.hub", str(trained), "clinic/typed", "--public", "--licence", "cc-by-nc-4.0"]
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "(PUBLIC)" in done.stdout and TOKEN not in done.stdout + done.stderr
     assert not server.repos["clinic/typed"]["private"]
     assert metadata(server.repos["clinic/typed"]["files"]["README.md"])["license"] == "cc-by-nc-4.0"
     env.pop("HF_TOKEN")
-    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "HF_TOKEN is not set" in done.stderr
-    done = subprocess.run([*words[:5], "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*words[:5], "--dry-run"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and "would be pushed: README.md, adapter_config.json" in done.stdout

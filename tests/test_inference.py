@@ -179,7 +179,7 @@ def test_likeness_has_the_images_colours():
 def run(*words: str, typed: str = "") -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     words = (sys.executable, str(ROOT / "inference.py"), *words)
-    return subprocess.run(words, capture_output=True, text=True, input=typed, env=env, timeout=120)
+    return subprocess.run(words, capture_output=True, text=True, input=typed, env=env, timeout=600)
 
 
 def test_one_shot_through_an_endpoint(image):

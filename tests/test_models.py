@@ -291,7 +291,7 @@ def test_the_prediction_is_what_loading_takes(bits, base, tokenizer, tmp_path, m
     model.save_pretrained(tmp_path)
     tiny.make_processor(tokenizer).save_pretrained(tmp_path)
     words = [sys.executable, "-c", MEASURE, str(tmp_path), str(bits), str(base)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr
     taken, predicted = json.loads(done.stdout.splitlines()[-1])
     print(f"{bits} bits: {taken / 1e6:.0f} MB taken, {predicted / 1e6:.0f} MB predicted")

@@ -98,7 +98,7 @@ def test_sheet_to_served_model_to_page(tmp_path):
         (tmp_path / name).symlink_to(ROOT / name)
     port = free_port()
     for command in PATH[:3]:
-        done = subprocess.run(smaller(command), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=400)
+        done = subprocess.run(smaller(command), cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "data/mine/dataset.json").read_text())
     server = started([*smaller(PATH[3]), "--port", str(port)], tmp_path, lambda said: "ready: " in said)

@@ -9,11 +9,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 from clinic import clinic, picture, prepare, rows_of
 from conftest import ROOT
+from holding_still import Hold
 
 from sonovqa import dataset, images
 from sonovqa.cli import UserError
@@ -48,6 +48,10 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert not (tmp_path / ".data.checked.jsonl").exists()
 
 
+def complete(line: bytes) -> bool:
+    return line.startswith(b"{") and line.endswith(b"}\n")
+
+
 def test_a_killed_run_goes_on_to_the_same_data_set(tmp_path):
     """SIGKILL at several moments, the writing among them; what is there in the end is what an undisturbed run makes."""
     clinic(tmp_path, patients=150)
@@ -62,21 +66,24 @@ def test_a_killed_run_goes_on_to_the_same_data_set(tmp_path):
         str(tmp_path / "images"),
     ]
     journal, out = tmp_path / ".data.checked.jsonl", tmp_path / "data"
-    moments = [
-        lambda: journal.exists() and journal.stat().st_size > 0,
-        lambda: journal.exists() and journal.read_bytes().count(b"\n") > 150,
-        lambda: any(tmp_path.glob(".data.*.part/train/*.arrow")),
-        lambda: any(tmp_path.glob(".data.*.part/test/*.arrow")),
+    moments = [  # where it stands still, and how much it has checked by then
+        (r"^open \S*/images/Abdomen/img_004\.png", 4),
+        (r"^open \S*/images/Abdomen/img_150\.png", 150),
+        (r"^open \S*/\.data\.[^/]*\.part/train/dataset_info\.json w", 300),
+        (r"^open \S*/\.data\.[^/]*\.part/test/dataset_info\.json w", 300),
     ]
-    for moment in moments:
+    for number, (at, checked) in enumerate(moments):
+        hold = Hold(at, tmp_path.with_name(f"{tmp_path.name}-held-{number}"))
         run = subprocess.Popen(
-            [*command, "--out", str(out), "--workers", "1"], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while run.poll() is None and not moment():
-            time.sleep(0.001)
+            [*command, "--out", str(out), "--workers", "1"], cwd=ROOT, env=os.environ | hold.environment,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        hold.wait(run)
         run.kill()
         run.wait()
-        assert not out.exists() or (out / "dataset.json").exists()
+        assert not out.exists() and sum(map(complete, journal.read_bytes().splitlines(keepends=True))) == checked
+        split = "train" if "train" in at else "test"
+        assert len(list(tmp_path.glob(f".data.*.part/{split}/*.arrow"))) == ("part" in at), "killed while writing it"
     _, again = prepare(tmp_path)
     assert again == undisturbed
     assert sorted(path.name for path in tmp_path.iterdir()) == [".data.lock", "annotations.xlsx", "data", "images"]

@@ -23,7 +23,7 @@ from sonovqa import cli, resuming
 def launched(*command: str) -> tuple[dict, str]:
     """Run train.py by a launcher or by Python; its record and what it said."""
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
     )
     assert done.returncode == 0, done.stderr[-3000:]
     folder = Path(command[command.index("--outputs") + 1]) / command[command.index("--run-name") + 1]
@@ -60,7 +60,7 @@ def test_a_mistake_of_all_processes_is_said_once(tmp_path):
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     command = (*torchrun, "train.py", "--data", str(tmp_path / "none"), "--model", "tiny", "--run-name", "r")
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240
+        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
     )
     assert done.returncode and done.stderr.count("\nerror: ") + done.stderr.startswith("error: ") == 1, done.stderr[-2000:]
 

@@ -124,9 +124,9 @@ def test_opens_in_chromium(page, tmp_path, width):
         f"--user-data-dir={tmp_path / 'profile'}",
         "--virtual-time-budget=3000",
     ]
-    dom = subprocess.run([CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    dom = subprocess.run([CHROMIUM, *flags, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=600, check=True)
     assert "20 answers of 10 images" in dom.stdout  # the script ran and counted
     subprocess.run(
-        [CHROMIUM, *flags, f"--window-size={width},900", f"--screenshot={shot}", path.as_uri()], timeout=120, check=True
+        [CHROMIUM, *flags, f"--window-size={width},900", f"--screenshot={shot}", path.as_uri()], timeout=600, check=True
     )
     assert np.asarray(Image.open(shot).convert("L")).std() > 5

@@ -8,13 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import running
 import torch
 from conftest import ROOT
+from holding_still import Hold
 from safetensors.torch import load_file
 
 import train
@@ -38,26 +38,25 @@ def undisturbed(base, data, tmp_path_factory) -> Path:
     return outputs / "run"
 
 
-def started(*arguments: str) -> subprocess.Popen:
+def started(*arguments: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "train.py", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "500"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "500"} | environment,
         start_new_session=True,
     )
 
 
-def stopped_when(moment, how: signal.Signals, *arguments: str) -> tuple[int, str]:
-    """Run train.py until ``moment()`` is true, send the signal to it and all it started; gives exit status and output."""
-    process = started(*arguments)
-    while process.poll() is None and not moment():
-        time.sleep(0.0005)
-    assert process.poll() is None, process.stdout.read()
+def stopped_at(hold: Hold, how: signal.Signals, *arguments: str) -> tuple[int, str]:
+    """Run train.py until it stands still, send the signal to it and all it started; gives exit status and output."""
+    process = started(*arguments, **hold.environment)
+    hold.wait(process)
     os.killpg(process.pid, how)
-    said, _ = process.communicate(timeout=120)
+    hold.let_go()  # what handles a signal goes on; the kernel hands it over before this file is seen
+    said, _ = process.communicate(timeout=600)
     return process.returncode, said
 
 
@@ -87,16 +86,19 @@ def test_a_run_killed_again_and_again_ends_as_if_it_was_not(base, data, undistur
     """SIGKILL before the first checkpoint, in the middle of writing one, between two, and while merging."""
     command, run = words(base, data, tmp_path, "run"), tmp_path / "run"
     at = lambda step: run / "checkpoints" / f"checkpoint-{step}"  # noqa: E731
-    stopped_when(lambda: (run / "checkpoints" / resuming.STARTED).exists(), signal.SIGKILL, *command)
-    assert resuming.stage(run) == "new"
-    stopped_when(lambda: any(at(4).glob("*.safetensors")), signal.SIGKILL, *command, "--resume")
-    assert at(4).exists() and not resuming.is_whole(at(4)), "killed while writing it"
-    _, said = stopped_when(lambda: resuming.is_whole(at(6)), signal.SIGKILL, *command, "--resume")
+    held = lambda number, where: Hold(where, tmp_path / f"held-{number}")  # noqa: E731
+    stopped_at(held(1, r"^os.mkdir \S*/checkpoint-2 "), signal.SIGKILL, *command)
+    assert (run / "checkpoints" / resuming.STARTED).exists() and resuming.stage(run) == "new"
+    stopped_at(held(2, r"^open \S*/checkpoint-4/adapter_config.json w"), signal.SIGKILL, *command, "--resume")
+    assert list(at(4).glob("*.safetensors")) and not resuming.is_whole(at(4)), "killed while writing it"
+    _, said = stopped_at(held(3, r"^os.mkdir \S*/checkpoint-8 "), signal.SIGKILL, *command, "--resume")
     assert "going on from" in said and "checkpoint-2" in said, "the half-written one is not taken for a whole one"
-    stopped_when(lambda: any(run.glob(".merged.unchecked.*")), signal.SIGKILL, *command, "--resume")
+    assert resuming.is_whole(at(6)) and not at(8).exists()
+    stopped_at(held(4, r"^open \S*/\.merged\.unchecked\.[^/]*\.part/config.json w"), signal.SIGKILL, *command, "--resume")
+    assert list(run.glob(".merged.unchecked.*"))
     assert resuming.stage(run) == "trained"
     done = started(*command, "--resume")
-    said, _ = done.communicate(timeout=300)
+    said, _ = done.communicate(timeout=600)
     assert done.returncode == 0 and "merging only" in said and "step " not in said
     assert_same_run(run, undisturbed)
     assert json.loads((run / "run.json").read_text())["training"]["resumed_at"] == [2, 6]
@@ -105,7 +107,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_was_not(base, data, undistur
 
 def test_ctrl_c_saves_the_step_at_hand_and_says_how_to_go_on(base, data, undisturbed, tmp_path):
     command, run = words(base, data, tmp_path, "run", "--workers", "2"), tmp_path / "run"
-    status, said = stopped_when(lambda: resuming.is_whole(run / "checkpoints" / "checkpoint-2"), signal.SIGINT, *command)
+    status, said = stopped_at(Hold(r"^os.mkdir \S*/checkpoint-4 ", tmp_path / "held"), signal.SIGINT, *command)
     assert status == 130 and "Traceback" not in said
     assert said.count("stopping after this step") == 1, "its data workers, who get the signal too, are silent"
     assert said.strip().splitlines()[-1].startswith("stopped: what was finished is kept; go on with: python train.py --model")

@@ -37,11 +37,11 @@ def test_port_in_use_and_ports_that_cannot_be_had():
     serving.check_port("127.0.0.1", free_port())
 
 
-#: Becomes healthy after a moment, and starts a child as vLLM does, whose id it writes down.
+#: Starts a child as vLLM does, whose id it writes down; is healthy once there is a file ``go``.
 FAKE = textwrap.dedent("""
     import http.server, pathlib, subprocess, sys, time
     port, mode, note = int(sys.argv[1]), sys.argv[2], pathlib.Path(sys.argv[3])
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
     note.write_text(str(child.pid))
     print("(EngineCore pid=7) INFO loading", flush=True)
     if mode == "dies":
@@ -52,7 +52,8 @@ FAKE = textwrap.dedent("""
         def do_GET(self):
             self.send_response(200 if self.path == "/health" else 404)
             self.end_headers()
-    time.sleep(0.5)
+    while not note.with_name("go").exists():
+        time.sleep(0.02)
     server = http.server.HTTPServer(("127.0.0.1", port), Handler)
     if mode == "leaves":
         server.handle_request()
@@ -62,15 +63,22 @@ FAKE = textwrap.dedent("""
 """)
 
 
-def fake_plan(folder: Path, mode: str = "stays") -> Plan:
+def fake_plan(folder: Path, mode: str = "stays", healthy: bool = True) -> Plan:
+    """Of a server that becomes healthy, or does not before `let_be_healthy`."""
     port = free_port()
+    if healthy:
+        let_be_healthy(folder)
     command = [sys.executable, "-c", FAKE, str(port), mode, str(folder / "child")]
     return Plan("fake", command, {}, "127.0.0.1", port, f"http://127.0.0.1:{port}/v1", folder / "serve.log")
 
 
+def let_be_healthy(folder: Path) -> None:
+    (folder / "go").touch()
+
+
 def gone(pid: int) -> bool:
-    """Whether a process ended (a zombie that nobody has waited for did)."""
-    for _ in range(50):
+    """Whether a process ended (a zombie that nobody has waited for did), which a busy machine may take its time for."""
+    for _ in range(1200):
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 return True
@@ -80,9 +88,18 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_server_is_waited_for_and_leaves_no_child_behind(tmp_path):
-    with serving.Server(fake_plan(tmp_path)) as server:
-        assert 0.3 < server.wait_until_healthy(20) < 20
+def test_server_is_waited_for_and_leaves_no_child_behind(tmp_path, monkeypatch):
+    asked, real = [], serving.is_healthy
+
+    def is_healthy(url: str) -> bool:
+        asked.append(real(url))
+        let_be_healthy(tmp_path)  # from now on: it was asked too early at least once
+        return asked[-1]
+
+    monkeypatch.setattr(serving, "is_healthy", is_healthy)
+    with serving.Server(fake_plan(tmp_path, healthy=False)) as server:
+        assert 0 < server.wait_until_healthy(300) < 300
+        assert asked == [False] * (len(asked) - 1) + [True] and len(asked) > 1
         assert serving.is_healthy(server.plan.url)
     assert gone(int((tmp_path / "child").read_text()))
     assert not serving.is_healthy(server.plan.url)
@@ -90,16 +107,16 @@ def test_server_is_waited_for_and_leaves_no_child_behind(tmp_path):
 
 def test_server_that_dies_says_why(tmp_path):
     with pytest.raises(UserError, match="ended while starting; ValueError: the model does not fit"):
-        serving.serve(fake_plan(tmp_path, "dies"), 20)
+        serving.serve(fake_plan(tmp_path, "dies"), 300)
 
 
 def test_server_that_stops_by_itself_is_an_error(tmp_path):
     with pytest.raises(UserError, match="stopped by itself with status 3"):
-        serving.serve(fake_plan(tmp_path, "leaves"), 20)
+        serving.serve(fake_plan(tmp_path, "leaves"), 300)
 
 
 def test_server_that_is_never_healthy_is_given_up_and_stopped(tmp_path):
-    plan = fake_plan(tmp_path)
+    plan = fake_plan(tmp_path, healthy=False)
     with pytest.raises(UserError, match="not healthy after"):
         serving.serve(plan, 0.2)
 
@@ -107,38 +124,45 @@ def test_server_that_is_never_healthy_is_given_up_and_stopped(tmp_path):
 def test_then_runs_once_healthy_and_its_status_is_passed_on(tmp_path):
     plan = fake_plan(tmp_path)
     ask = f"{sys.executable} -c \"import urllib.request as u; u.urlopen('{plan.url[:-3]}/health')\""
-    assert serving.serve(plan, 20, f"{ask} && exit 7") == 7
+    assert serving.serve(plan, 300, f"{ask} && exit 7") == 7
     assert gone(int((tmp_path / "child").read_text()))
 
 
 def serving_words(plan: Plan, folder: Path) -> list[str]:
     """The command that serves a plan in a process of its own."""
-    code = "import pickle, sys; from sonovqa import serving; sys.exit(serving.serve(pickle.load(open(sys.argv[1], 'rb')), 20))"
+    code = "import pickle, sys; from sonovqa import serving; sys.exit(serving.serve(pickle.load(open(sys.argv[1], 'rb')), 300))"
     (folder / "plan").write_bytes(pickle.dumps(plan))
     return [sys.executable, "-c", code, str(folder / "plan")]
 
 
-def wait_for(plan: Plan, folder: Path, healthy: bool = True) -> None:
-    """Until the server has started its child and, if ``healthy``, answers."""
-    note = folder / "child"
-    for _ in range(200):
-        if note.exists() and note.read_text() and (not healthy or serving.is_healthy(plan.url)):
-            break
+def serving_process(words: list[str], folder: Path) -> subprocess.Popen:
+    """The command under way; what it prints is in ``said``."""
+    with open(folder / "said", "wb") as said:
+        return subprocess.Popen(words, cwd=ROOT, stdout=said, stderr=subprocess.DEVNULL)
+
+
+def wait_for(folder: Path, healthy: bool = True) -> None:
+    """Until the server has started its child and, if ``healthy``, the greeting is in ``said``, after which serve.sh waits."""
+    note = folder / ("said" if healthy else "child")
+    for _ in range(3000):
+        if note.exists() and ("curl" in note.read_text() if healthy else note.read_text()):
+            return
         time.sleep(0.1)
-    time.sleep(1.5 if healthy else 0)
+    raise AssertionError(f"not in five minutes; {note.name}: {note.read_text() if note.exists() else None}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("healthy", [True, False], ids=["healthy", "starting"])
 def test_signals_stop_server_and_children(tmp_path, number, healthy):
-    plan = fake_plan(tmp_path)
-    process = subprocess.Popen(serving_words(plan, tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    plan = fake_plan(tmp_path, healthy=healthy)
+    process = serving_process(serving_words(plan, tmp_path), tmp_path)
     try:
-        wait_for(plan, tmp_path, healthy)
+        wait_for(tmp_path, healthy)
         process.send_signal(number)
-        told, _ = process.communicate(timeout=20)
+        process.wait(timeout=300)
     finally:
         process.kill()
+    told = (tmp_path / "said").read_text()
     assert process.returncode == 0
     assert "stopping vLLM" in told
     assert ("curl" in told) == healthy
@@ -172,8 +196,8 @@ def test_nothing_is_left_of_a_start_that_is_broken_off(tmp_path, monkeypatch, ke
 def test_a_killed_process_takes_its_server_with_it(tmp_path):
     """Nobody can handle SIGKILL; the out-of-memory killer sends it too."""
     plan = fake_plan(tmp_path)
-    process = subprocess.Popen(serving_words(plan, tmp_path), cwd=ROOT, stdout=subprocess.DEVNULL)
-    wait_for(plan, tmp_path)
+    process = serving_process(serving_words(plan, tmp_path), tmp_path)
+    wait_for(tmp_path)
     process.kill()
     process.wait()
     assert gone(int((tmp_path / "child").read_text()))
@@ -186,7 +210,9 @@ def test_a_terminal_that_closes_stops_server_and_children(tmp_path):
     process, terminal = pty.fork()
     if process == 0:
         os.execvp(words[0], words)
-    wait_for(plan, tmp_path)
+    said = b""
+    while b"curl" not in said:  # the greeting, after which serve.sh waits; an error if it ends before
+        said += os.read(terminal, 4096)
     assert serving.is_healthy(plan.url)
     os.close(terminal)
     os.waitpid(process, 0)
@@ -194,14 +220,20 @@ def test_a_terminal_that_closes_stops_server_and_children(tmp_path):
     assert not serving.is_healthy(plan.url)
 
 
+def ignores(process: subprocess.Popen, number: signal.Signals) -> bool:
+    """Whether the kernel throws a signal to the process away: neither it nor a handler ends the process."""
+    (mask,) = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("SigIgn")]
+    return bool(int(mask.split()[1], 16) & 1 << number - 1)
+
+
 def test_nohup_keeps_a_server_running(tmp_path):
     plan = fake_plan(tmp_path)
     words = ["nohup", *serving_words(plan, tmp_path)]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = serving_process(words, tmp_path)
     try:
-        wait_for(plan, tmp_path)
+        wait_for(tmp_path)
+        assert ignores(process, signal.SIGHUP), "or it would end, at once or later"
         process.send_signal(signal.SIGHUP)
-        time.sleep(1)
         assert serving.is_healthy(plan.url)
     finally:
         process.terminate()

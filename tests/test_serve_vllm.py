@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -131,7 +130,7 @@ def served(tmp_path_factory, data):
     words = ["bash", str(ROOT / "serve.sh"), "--adapters", f"mine={home / 'mine'}", f"words={home / 'words'}", "--log", str(log)]
     with open(said, "wb") as out:
         process = subprocess.Popen(
-            [*words, "--port", str(port), "--wait", "400"],
+            [*words, "--port", str(port), "--wait", "1200", "--grace", "300"],
             stdout=out,
             stderr=out,
             env=env | {"VLLM_API_KEY_FILE": str(home / "key")},
@@ -146,10 +145,10 @@ def served(tmp_path_factory, data):
         )
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=600)
 
 
-def run(served, *words: str, timeout: float = 120) -> subprocess.CompletedProcess:
+def run(served, *words: str, timeout: float = 600) -> subprocess.CompletedProcess:
     return subprocess.run(words, cwd=served.home, env=served.env, capture_output=True, text=True, timeout=timeout)
 
 
@@ -271,23 +270,19 @@ def readable(path: Path) -> bool:
 def test_a_request_in_flight_finishes_when_the_server_is_stopped(served):
     """The last test: it stops the server."""
     body = {"model": "mine", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
     request = urllib.request.Request(f"{served.url}/v1/chat/completions", json.dumps(body).encode())
     request.add_header("Content-Type", "application/json")
     request.add_header("Authorization", f"Bearer {KEY}")
-    answers = []
-
-    def ask():
-        with urllib.request.urlopen(request, timeout=60) as response:
-            answers.append(json.load(response))
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-    time.sleep(1)
-    served.process.send_signal(signal.SIGTERM)
-    asking.join(timeout=60)
-    assert served.process.wait(timeout=60) == 0
-    assert answers[0]["usage"]["completion_tokens"] == 400
+    with urllib.request.urlopen(request, timeout=600) as response:
+        first = response.readline()  # it is being answered
+        served.process.send_signal(signal.SIGTERM)
+        events = [first, *response]
+    assert served.process.wait(timeout=600) == 0
+    told = [json.loads(event[6:]) for event in events if event.startswith(b"data: {")]
+    assert told[-1]["usage"]["completion_tokens"] == 400 and events[-2] == b"data: [DONE]\n"
     said = served.said.read_text()
     assert "stopping vLLM" in said and "cut off" not in said
+    assert "requests in flight: 1;" in said, "it had been answered before the signal came"
     with pytest.raises(OSError):
         status_of(served, "/health")

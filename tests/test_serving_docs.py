@@ -52,7 +52,7 @@ def planned(command: str, folder: Path) -> list[str]:
     link = folder / "serve.sh"
     if not link.exists():
         link.write_text(f'exec bash {ROOT / "serve.sh"} "$@"\n')
-    done = subprocess.run(["bash", "-c", told], capture_output=True, text=True, env=env, cwd=folder, timeout=120)
+    done = subprocess.run(["bash", "-c", told], capture_output=True, text=True, env=env, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout.replace("\\\n", " "))
     return words[words.index("sonovqa.vllm_server") + 1 :]

@@ -43,12 +43,12 @@ class Served:
 
     def __exit__(self, *fault) -> None:
         self.server.should_exit = True
-        self.thread.join(timeout=20)
+        self.thread.join(timeout=120)
         self.socket.close()
 
     def said(self, path: str, method: str = "GET", **headers: str) -> tuple[int, str]:
         """Status and body of a request without one; ``_`` stands for the ``-`` of a header's name."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         connection.request(method, path, headers={name.replace("_", "-"): value for name, value in headers.items()})
         response = connection.getresponse()
         return response.status, response.read().decode()
@@ -72,7 +72,7 @@ def test_a_body_too_large_or_of_unknown_length_is_answered_before_the_connection
 
 def test_a_client_that_waits_for_leave_to_send_is_refused_without_it(served):
     head = f"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: {LARGEST_BODY + 1}\r\nExpect: 100-continue\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=120) as client:
         client.sendall(head.encode())
         assert client.recv(4096).startswith(b"HTTP/1.1 413")
 
@@ -80,7 +80,7 @@ def test_a_client_that_waits_for_leave_to_send_is_refused_without_it(served):
 def test_a_client_that_never_ends_is_left(served, monkeypatch):
     monkeypatch.setattr(serving_gate, "PARTING_SECONDS", 0.3)
     head = f"POST /v1/x HTTP/1.1\r\nHost: x\r\nContent-Length: {LARGEST_BODY + 1}\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", served.port), timeout=5) as client:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=120) as client:
         client.sendall(head.encode())
         told = b""
         while piece := client.recv(4096):  # until the server closes
@@ -156,7 +156,7 @@ def test_a_web_page_that_may_ask_can_read_why_it_was_refused(monkeypatch):
     monkeypatch.setenv(serving_gate.ORIGINS_NAME, "https://app.example")
     with Served() as served:
         for origin, leave in (("https://app.example", "https://app.example"), ("https://evil.example", None)):
-            connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=120)
             connection.request("GET", "/tokenize", headers={"Origin": origin})
             response = connection.getresponse()
             assert (response.status, response.headers["Access-Control-Allow-Origin"]) == (404, leave)

@@ -293,18 +293,21 @@ def test_a_command_started_from_a_background_job_can_be_stopped(tmp_path, monkey
 
 
 class Counting(Fake):
-    """Notes how many commands were under way at once, and in which order they ended; each takes a moment."""
+    """Notes how many commands were under way at once, and in which order they ended; the first two meet."""
 
     def __init__(self):
         super().__init__()
-        self.now, self.most, self.lock = 0, 0, threading.Lock()
+        self.now, self.most, self.begun = 0, 0, 0
+        self.lock, self.two = threading.Lock(), threading.Barrier(2)
 
     def __call__(self, command, environment) -> int:
         with self.lock:
             self.now, self.most = self.now + 1, max(self.most, self.now + 1)
+            self.begun, first = self.begun + 1, self.begun < 2
         for need in command.words[1:]:  # what it reads was made before it began
             assert not need.startswith("outputs/") or need.endswith(".json") or (Path(need) / "run.json").exists()
-        time.sleep(0.05)
+        if first:  # the first two, which need nothing: neither ends before the other has begun
+            self.two.wait(120)
         with self.lock:
             self.now -= 1
         return super().__call__(command, environment)

@@ -83,7 +83,7 @@ def test_weights_and_biases_keeps_a_run_without_a_server(tmp_path):
     scored(tmp_path / "r")
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")} | {"WANDB_MODE": "offline"}
     done = subprocess.run(
-        [sys.executable, "-c", WANDB, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=180
+        [sys.executable, "-c", WANDB, str(tmp_path)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     kept = [path.read_bytes() for path in sorted((tmp_path / "r" / "wandb").glob("offline-run-*/*.wandb"))]

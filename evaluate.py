@@ -242,12 +242,12 @@ def compare(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the differences there too")
     args = parser.parse_args(argv)
     made = comparing.compare_with_first(args.runs, args.split, args.resamples, args.seed)
+    if args.out:  # before anything is shown: what is piped to `head` ends there
+        comparing.write(args.out, [str(run) for run in args.runs], made)
     for name, one in zip(args.runs[1:], made, strict=True):
         comparing.show(one, str(args.runs[0]), str(name), console)
     if speeds := comparing.speeds(args.runs, args.split):
         console.print(scoretable.speed_table(speeds))
-    if args.out:
-        comparing.write(args.out, [str(run) for run in args.runs], made)
     return 0
 
 

@@ -114,9 +114,11 @@ def listening(port: int) -> list[str]:
 
 def interfaces(port: int) -> list[tuple[str, ...]]:
     """What their environment says of the interface to talk on among themselves. Where the machine's name means 127.0.0.1, as it
-    often does, `listening` would look well without it."""
-    names = ("GLOO_SOCKET_IFNAME", "VLLM_HOST_IP")
-    return sorted({tuple(one.environ().get(name, "") for name in names) for one in processes(port)})
+    often does, `listening` would look well without it. A process that gave itself a title, as vLLM's workers do, has written it
+    over the environment it started with, so that nobody else can read that.
+    """
+    names, found = ("GLOO_SOCKET_IFNAME", "VLLM_HOST_IP"), [one.environ() for one in processes(port)]
+    return sorted({tuple(env.get(name, "") for name in names) for env in found if "PATH" in env})
 
 
 def run(url: str, model: str, key: str) -> dict:

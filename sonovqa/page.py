@@ -26,11 +26,10 @@ import ssl
 import sys
 from pathlib import Path
 
-from sonovqa import cli, conversation, serving_plan
+from sonovqa import cli, conversation, credentials, serving_plan
 from sonovqa.cli import UserError, console
 
 KEY_NAME = "SONOVQA_PAGE_KEY"
-SHORTEST_KEY = 16  # characters; `openssl rand -hex 16` gives 32
 OPEN_FILES = 8192  # sockets; many systems allow a process 1,024 unless it asks
 CONNECTIONS = 2048  # beyond these uvicorn answers 503 by itself
 
@@ -80,8 +79,8 @@ def check(args: argparse.Namespace) -> None:
         way_out = f"{KEY_NAME}=$(openssl rand -hex 16), and give it to those who may use the page"
         flag = "--behind-tls" if args.behind_tls else f"--host {args.host}"
         found.append(f"{flag}; others could use the page without a key; loopback without a proxy is allowed, or set {way_out}")
-    if key is not None and (len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable()):
-        found.append(f"{KEY_NAME}; {len(key)} characters; {SHORTEST_KEY} or more of ASCII; openssl rand -hex 16 makes one")
+    if key is not None and (told := credentials.unfit(KEY_NAME, key)):
+        found.append(told)
     cli.check(found)
     if args.tls_cert:
         check_certificate(args.tls_cert, args.tls_key)

@@ -28,6 +28,7 @@ WHOLE = {
     "inference.py --folder": "inference.py --run r --folder f",
     "python -m sonovqa.structured analyze … --schema FILE": "python -m sonovqa.structured analyze --endpoint http://h/v1 "
     "--model m --image i --prompt p --schema FILE",
+    "python -m sonovqa.marks_book … --again": "python -m sonovqa.marks_book marks.xlsx --again",
 }  # fmt: skip
 #: What is neither run nor parsed by any test, and why.
 NOT_RUN = {

@@ -63,6 +63,7 @@ from sonovqa.questions import TASKS
 
 SPLITS = ("test", "validation", "train")
 NOT_NEGATIVE = ("resamples", "seed", "price_input", "price_output")
+FILLED_IN = ("max_new_tokens",)  # by what is asked
 POSITIVE = ("in_flight", "batch_images", "max_new_tokens", "max_images", "most_useful")
 
 
@@ -93,6 +94,7 @@ def parse(argv: list[str], several: bool = False) -> argparse.Namespace:
         flags.add_confidence(parser.add_argument_group("confidence"))
     args = parser.parse_args(argv)
     check(args)
+    args.unset = [name for name in FILLED_IN if getattr(args, name) is None]  # a sweep compares what was typed
     return args
 
 

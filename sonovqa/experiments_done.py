@@ -59,7 +59,8 @@ def has_scores(command: Command) -> bool:
     if not path.exists():
         return False
     before, now = files.read_json(path)["arguments"], _plain(vars(args) | {"prompt": prompts})
-    return all(before.get(name, value) == value for name, value in now.items())
+    # `unset` are those that evaluate.py fills in by what is asked; of records older than it nobody can tell.
+    return all(before.get(name, value) == value for name, value in now.items() if name not in now["unset"])
 
 
 def read_by(command: Command) -> Iterator[Path]:

@@ -7,6 +7,7 @@ Answers go to ``<out>.answers.jsonl`` as they come; the workbook is written from
 from __future__ import annotations
 
 import argparse
+import glob
 import os
 import re
 from collections.abc import Iterator
@@ -232,6 +233,8 @@ def write_workbook(out: Path, table: list[list[str]], settings: dict) -> None:
         add_row(about, [name, "" if value is None else str(value)])
     with files.replacing(out) as part:
         book.save(part)
+    for torn in out.parent.glob(f".{glob.escape(out.name)}.*.part"):  # of runs that were killed while they wrote it
+        torn.unlink(missing_ok=True)
 
 
 def add_row(sheet, values: list[str]) -> int:

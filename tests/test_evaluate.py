@@ -168,7 +168,7 @@ def test_the_limit_goes_by_what_is_asked_unless_given(tmp_path, monkeypatch, fla
     datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "pages"))
     files.write_json(tmp_path / "pages" / "dataset.json", {"fingerprint": "p"})
     engine, out = FakeEngine(tmp_path / "pages", lambda *asked: '{"findings": []}'), tmp_path / "eval"
-    monkeypatch.setattr(evaluate, "open_engine", lambda args: engine)
+    monkeypatch.setattr(evaluate, "open_engine", lambda *args: engine)
     words = ["m", "--data", str(tmp_path / "pages"), "--resamples", "0", *flags]
     assert evaluate.main([*words, "--out", str(out)]) == 0 and evaluate.prompts([*words, "--out", str(tmp_path / "all")]) == 0
     assert engine.limits == {limit} and files.read_json(out / "settings.json")["max_new_tokens"] == limit

@@ -145,11 +145,11 @@ def test_a_folder_killed_while_asking_and_while_writing_the_sheet(tmp_path):
         command = ("inference.py", "--endpoint", server.url, "--folder", tmp_path / "scans", "--out", out)
         moments = [killed_at(count, doling, journal, *command, lines=1) for count in (1, 20)]  # a line holds the settings
         moments.append(killed_at(40, doling, journal, *command, lines=1, hold=saving))
-        (torn,) = tmp_path.glob(".out.xlsx.*.part")
+        assert len(list(tmp_path.glob(".out.xlsx.*.part"))) == 1
         assert not out.exists(), "killed while writing the sheet"
         finish(*command)
         check(server, moments, journal.read_bytes(), 40)
     _, *rows = openpyxl.load_workbook(out)["Answers"].iter_rows(values_only=True)
     assert [row[2] for row in rows] == ["answered"] * 5
     assert all(row[3:] == tuple(f"answer to {q.prompts['default']}" for q in QUESTIONS.values()) for row in rows)
-    assert {path.name for path in tmp_path.iterdir()} == {"scans", out.name, journal.name, torn.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"scans", out.name, journal.name}

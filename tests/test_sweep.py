@@ -120,7 +120,10 @@ def test_an_evaluation_whose_scores_are_gone_is_made_again_and_compared_again(co
     assert again.called == [commands[1].text, commands[4].text]
 
 
-@pytest.mark.parametrize("other", ["--adapter --max-images 50", "--adapter --prompts simple", "--adapter --resamples 5", "--adapter --max-new-tokens 9"])
+@pytest.mark.parametrize(
+    "other",
+    ["--adapter --max-images 50", "--adapter --prompts simple", "--adapter --resamples 5", "--adapter --max-new-tokens 9"],
+)
 def test_scores_of_other_flags_in_the_same_folder_are_not_taken_for_ones_own(commands, monkeypatch, other):
     """Neither by the evaluation with these flags nor, afterwards, by the one without; each time what follows is compared anew."""
     experiments.perform("x", commands, Fake())

@@ -24,6 +24,7 @@ from sonovqa import (
 )
 from sonovqa.bench_cases import ONE_AT_A_TIME, SHARED, VLLM, Scoring
 from sonovqa.cli import UserError
+from sonovqa.endpoint import Endpoint
 
 
 @pytest.fixture(scope="module")
@@ -100,15 +101,13 @@ class Item:
 
 
 def test_scored_answers_that_were_cut_are_counted_and_said(data, tmp_path):
-    record = tmp_path / "r.json"
+    how = Scoring(str(data), "test", 1, 1, folder=str(tmp_path / "s"), new_tokens=9)
     with StandIn(lambda prompt, attempt: cut_short) as server:
-        words = ("--engines", VLLM, "--endpoint", server.url, "--data", data, "--rows", 1, "--new-tokens", 4, "--scores", 1)
-        assert bench(record, *words, "--scores-new-tokens", 9) == 0
-    assert {body["max_tokens"] for body in server.bodies} == {4, 9}
-    (entry,) = files.read_json(record)["scores"]
+        entry = bench_scores.score(case(engine=VLLM, scoring=how), Endpoint(server.url, "run"))
     assert (entry["new_tokens"], entry["asked"], entry["cut"], entry["questions"]["Q1"]["cut"]) == (9, 8, 8, 1)
-    note = "8 of 8 answers (100.0%) were cut at the token limit; raise --scores-new-tokens above 9"
-    assert note in record.with_suffix(".md").read_text() and note in record.with_suffix(".html").read_text()
+    assert bench_answer_table.notes({"rows": [], "scores": [entry, entry | {"cut": 0}]}) == [
+        "m, 16 bits, vllm: 8 of 8 answers (100.0%) were cut at the token limit; raise --scores-new-tokens above 9"
+    ]
     with pytest.raises(UserError, match="--scores-new-tokens 9; nothing is scored"):
         bench(tmp_path / "other.json", "--model", "a", "--scores-new-tokens", 9)
 
@@ -123,7 +122,8 @@ def test_an_endpoint_is_scored_as_it_answers(data, tmp_path):
     record = tmp_path / "r.json"
     with StandIn(lambda prompt, attempt: "normal") as server:
         words = ("--engines", VLLM, "--endpoint", server.url, "--data", data, "--rows", 1, "--new-tokens", 4, "--scores", 0)
-        assert bench(record, *words) == 0
+        assert bench(record, *words, "--scores-new-tokens", 9) == 0
+    assert {body["max_tokens"] for body in server.bodies} == {4, 9}
     (entry,) = files.read_json(record)["scores"]
     assert (entry["where"], entry["images"], entry["asked"], entry["failed"]) == ("vllm", 4, 32, 0)
     assert entry["overall"]["value"] == pytest.approx(entry["overall"]["blind"]["value"]), "it never looks at the image"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -127,3 +128,11 @@ def data(tmp_path_factory) -> Path:
     ).save_to_disk(folder)
     files.write_json(folder / "dataset.json", {"fingerprint": "toy"})
     return folder
+
+
+@pytest.fixture
+def hangs_up():
+    """Tests started by nohup or a batch system hand an ignored SIGHUP on to all that they start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

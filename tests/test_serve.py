@@ -24,6 +24,8 @@ from sonovqa import serving, serving_examples
 from sonovqa.cli import UserError
 from sonovqa.serving_plan import Plan
 
+pytestmark = pytest.mark.usefixtures("hangs_up")
+
 
 def test_port_in_use_and_ports_that_cannot_be_had():
     with socket.socket() as taken:

@@ -20,6 +20,8 @@ from sonovqa import answering, experiments, experiments_blocks, experiments_swee
 from sonovqa.cli import UserError
 from sonovqa.experiments_sweep import DONE, FAILED, SKIPPED
 
+pytestmark = pytest.mark.usefixtures("hangs_up")
+
 BLOCK = """
 for RUN in a b; do
   python train.py --data data/x --model tiny --run $RUN --seed ${SEED:-1} --no-mlp --report-to none

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sonovqa import (
+    answer_limits,
     bench_caches,
     bench_cases,
     bench_images,
@@ -75,12 +76,13 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
 
 
 def batch_of(case: Case, requests: list[ImageRequest]) -> Batch:
-    """The most that a case has in work at one time, its scoring included."""
+    """The most that a case has in work at one time, its scoring included; where nobody set its limit, the usual one."""
+    scored = (case.scoring.new_tokens or answer_limits.USUAL) if case.scoring else 0
     sizes = [images.size_of(request.image) for request in requests]
     return Batch(
         images=max(case.levels),
         questions=max(len(request.prompts) for request in requests),
-        new_tokens=max(case.new_tokens, bench_scores.NEW_TOKENS) if case.scoring else case.new_tokens,
+        new_tokens=max(case.new_tokens, scored),
         pixels=max(width * height for width, height in sizes),
         letters=max(len(prompt) for request in requests for _, prompt in request.prompts),
         share=case.engine == SHARED,

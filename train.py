@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 from sonovqa import (
+    adapting,
     choice,
     cli,
     devices,
@@ -112,15 +113,16 @@ def main(argv: list[str] | None = None) -> None:
         if finishing.no_step_is_left(args, folder):
             return
     loaded, base = load(args)
-    model = adapt(args, loaded)
+    model = adapting.adapt(loaded, adapting.of_arguments(args))
     splits, encoder = read_data(args, loaded, model)
     plans = plan(args, splits, encoder)
     trainer, progress = make_trainer(args, folder, model, loaded.processor, splits, encoder, plans)
     planning.show(args, base, loaded, model, plans, encoder.head)
-    if args.dry_run:
-        return dry_run(args, trainer)
-    resuming.start(folder, settings)
-    trainer.train(resume_from_checkpoint=resume_from(args, folder))
+    with devices.training_in_memory():
+        if args.dry_run:
+            return dry_run(args, trainer)
+        resuming.start(folder, settings)
+        trainer.train(resume_from_checkpoint=resume_from(args, folder))
     if progress.stopped:
         raise KeyboardInterrupt
     trainer.accelerator.wait_for_everyone()
@@ -196,12 +198,6 @@ def load(args: argparse.Namespace):
     devices.tell_idle()
     loaded = models.load_for_training(base, args.bits, (args.min_pixels, args.max_pixels), args.backend, args.checkpointing)
     return loaded, base
-
-
-def adapt(args: argparse.Namespace, loaded):
-    toggles = (args.vision, args.language, args.attention, args.mlp)
-    how = models.Adapting(args.rank, args.alpha, args.dropout, *toggles, args.full, args.checkpointing, args.seed)
-    return models.adapt(loaded, how)
 
 
 def read_data(args: argparse.Namespace, loaded, model):

@@ -8,7 +8,7 @@ Of several modules on one subject the names begin alike; begin with the one that
     public sets    public_sets hub_copies vqa_rad path_vqa medpix pubmedvision documents* phantom*
     answers        answers answer_* coherence structured extraction*
     one sequence   planning weighting sampling augmentation* layout batching losses
-    models         families families_table weights memory* models adapters text_only tiny architectures* choice
+    models         families families_table weights memory* models adapters adapting text_only tiny architectures* choice
     training       training training_flags resuming merging finishing provenance hub model_card
     engines        engines generation choosing endpoint* confidence conversation likeness
     evaluation     evaluation_flags answering asking predictions elsewhere unscored most_useful folder_sheet

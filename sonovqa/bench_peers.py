@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_records, bench_steps, bench_turns, chat, devices, images, models
+from sonovqa import adapting, bench_records, bench_steps, bench_turns, chat, devices, images, models
 from sonovqa.cli import UserError, console
 
 #: Unsloth's ``use_gradient_checkpointing`` by word of a setting: its own (offloading), torch's, none.
@@ -154,7 +154,7 @@ def _load(work: Work):
     loaded = models.load_for_training(base, work.bits, checkpointing=bool(how))
     models.set_pixels(loaded.processor, None, bench_steps.budget(loaded.processor, work.size))
     if loaded.backend != "unsloth":
-        return loaded, models.adapt(loaded, models.Adapting(rank=work.rank, seed=work.seed))
+        return loaded, adapting.adapt(loaded, adapting.Adapting(rank=work.rank, seed=work.seed))
     import unsloth
 
     model = unsloth.FastVisionModel.get_peft_model(

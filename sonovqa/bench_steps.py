@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import bench_records, bench_turns, chat, cli, dataset, devices, families, models, planning, records
+from sonovqa import adapting, bench_records, bench_turns, chat, cli, dataset, devices, families, models, planning, records
 from sonovqa.cli import UserError, console
 
 LEARNING_RATE, CLIP = 2e-4, 1.0  # train.py's default and the trainer's
@@ -298,8 +298,8 @@ def _load(work: Work):
         import unsloth  # noqa: F401 - it patches transformers, trl and peft, so it comes before them
     loaded = models.load_for_training(models.locate(work.model), work.bits, checkpointing=work.checkpointing)
     without = {work.layers.removeprefix("no-"): False} if work.layers != ALL else {}
-    how = models.Adapting(rank=work.rank, seed=work.seed, checkpointing=work.checkpointing, **without)
-    model = models.adapt(loaded, how)
+    how = adapting.Adapting(rank=work.rank, seed=work.seed, checkpointing=work.checkpointing, **without)
+    model = adapting.adapt(loaded, how)
     if backend == "unsloth":
         model.for_training(use_gradient_checkpointing=devices.recomputing(work.checkpointing))
         return loaded, model

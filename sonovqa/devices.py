@@ -35,18 +35,28 @@ def one_gpu(config):
 
 
 @contextlib.contextmanager
-def answering_in_memory():
-    """Inside, a GPU that runs out of memory while a model answers is a `UserError` with the ways out, not a traceback."""
+def _in_memory(kept: str):
+    """Inside, a GPU that runs out of memory is a `UserError` that says what is ``kept`` and the ways out, not a traceback."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as fault:
         what = " ".join(str(fault).split(". ")[:2])[:150]
-        raise UserError(
-            f"the GPU's memory is full; {what}; what was answered is kept; take fewer images at once (--batch-images 1), smaller "
-            "ones (--max-pixels) or fewer bits (--bits 4), where the command has the flag"
-        ) from None
+        raise UserError(f"the GPU's memory is full; {what}; {kept}") from None
+
+
+def answering_in_memory():
+    """`_in_memory` for a model that answers."""
+    return _in_memory("what was answered is kept; take fewer images at once (--batch-images 1), smaller ones (--max-pixels) or "
+                      "fewer bits (--bits 4), where the command has the flag")  # fmt: skip
+
+
+def training_in_memory():
+    """`_in_memory` for a model in training. Of what helps only ``--checkpointing`` may change when a run goes on
+    (`resuming.FREE`); the rest makes another run of it."""
+    return _in_memory("checkpoints are kept; after --no-checkpointing --resume without it, else start another --run: a smaller "
+                      "--batch and as much more --accumulate, smaller images (--max-pixels) or --bits 4")  # fmt: skip
 
 
 def compute_dtype():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sonovqa import asking, images, predictions, serving_plan
+from sonovqa import asking, images, predictions, serving_sockets
 from sonovqa.cli import UserError, console
 from sonovqa.engines import LETTERS_A_TOKEN, ImageRequest
 from sonovqa.questions import QUESTIONS, REPORT_ID, SYSTEM_TEXT
@@ -49,7 +49,7 @@ NOTHING = Estimate(0, 0, 0, 0)
 
 def is_elsewhere(url: str) -> bool:
     """Whether an endpoint is beyond this machine."""
-    return not serving_plan.is_loopback(urlsplit(url).hostname or "")
+    return not serving_sockets.is_loopback(urlsplit(url).hostname or "")
 
 
 def estimate(asked: Sequence[asking.Item], sizes: Mapping[int, asking.Size | None], max_new_tokens: int) -> Estimate:

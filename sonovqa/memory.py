@@ -158,7 +158,7 @@ def image_work(config: Mapping, pixels: int | None) -> tuple[float, float]:
         pixels: most pixels of an image, or ``None``: `USUAL_PIXELS`. Families that resize every image to one size have theirs.
     """
     text, vision = config.get("text_config") or config, config.get("vision_config") or {}
-    side = _most(vision, "patch_size") or 14
+    side = patch_side(vision)
     if not vision:
         return 0, 0
     if "spatial_merge_size" in vision:
@@ -168,6 +168,11 @@ def image_work(config: Mapping, pixels: int | None) -> tuple[float, float]:
     if "cross_attention_layers" in text:  # Llama 3.2 Vision: the image is attended to, and no part of the text
         return 0, patches
     return config.get("mm_tokens_per_image") or config.get("num_query_tokens") or patches, patches
+
+
+def patch_side(tower: Mapping) -> int:
+    """Pixels along a patch, by a vision tower's configuration; 14, as in CLIP's towers, where it does not say."""
+    return _most(tower, "patch_size") or 14
 
 
 def _most(config: Mapping, *names: str) -> int:

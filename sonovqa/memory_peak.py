@@ -96,10 +96,8 @@ def workload(encoder, model, requests: Sequence[ImageRequest], at_once: int, sha
     prefixes, vision = encoder.prefixes([chat.open_image(one.image) for one in asked], [one.context for one in asked])
     branches = [len(encoder.branch(prompt).ids) for one in asked for _, prompt in one.prompts]
     tower = model.config.to_dict().get("vision_config") or {}
-    side = tower.get("patch_size", 14)
-    side = side[0] if isinstance(side, list) else side
     pixels = vision["pixel_values"].numel()
-    patches = round(pixels / (3 * side**2 * _frames(vision, tower)))
+    patches = round(pixels / (3 * memory.patch_side(tower) ** 2 * _frames(vision, tower)))
     rows = len(asked) if apart else min(len(branches), BRANCHES)
     return Workload(len(asked), rows, max(len(prefix.ids) for prefix in prefixes), max(branches), tokens, patches, pixels)
 
@@ -112,8 +110,6 @@ def expected(config: Mapping, batch: Batch) -> Workload:
         batch: what is answered at one time.
     """
     tower, (tokens, patches) = config.get("vision_config") or {}, memory.image_work(config, batch.pixels)
-    side = tower.get("patch_size", 14)
-    side = side[0] if isinstance(side, list) else side
     frames = tower.get("temporal_patch_size", 2) if "spatial_merge_size" in tower else 1
     together = batch.share and families.of_type(config.get("model_type")).shares_prefix
     questions, prefix = batch.questions if together else 1, round(tokens) + memory.SYSTEM_TOKENS
@@ -122,7 +118,8 @@ def expected(config: Mapping, batch: Batch) -> Workload:
     if not batch.new_tokens:  # `choosing.ChoiceEngine`: prefix and questions in one sequence an image
         rows, prefix, branch = batch.images, prefix + questions * branch, 0
     patches = round(batch.images * patches)
-    return Workload(batch.images, rows, prefix, branch, batch.new_tokens, patches, round(patches * side**2 * 3 * frames))
+    pixels = round(patches * memory.patch_side(tower) ** 2 * 3 * frames)
+    return Workload(batch.images, rows, prefix, branch, batch.new_tokens, patches, pixels)
 
 
 def adapter_bytes(adapter: str | Path | None) -> int:

@@ -26,7 +26,7 @@ import ssl
 import sys
 from pathlib import Path
 
-from sonovqa import cli, conversation, credentials, serving_plan
+from sonovqa import cli, conversation, credentials, serving_plan, serving_sockets
 from sonovqa.cli import UserError, console
 
 KEY_NAME = "SONOVQA_PAGE_KEY"
@@ -75,7 +75,7 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.tls_cert) != bool(args.tls_key):
         found.append("--tls-cert and --tls-key; only one of them; name both files")
     key = os.environ.get(KEY_NAME)
-    if key is None and (args.behind_tls or not serving_plan.is_loopback(args.host)):
+    if key is None and (args.behind_tls or not serving_sockets.is_loopback(args.host)):
         way_out = f"{KEY_NAME}=$(openssl rand -hex 16), and give it to those who may use the page"
         flag = "--behind-tls" if args.behind_tls else f"--host {args.host}"
         found.append(f"{flag}; others could use the page without a key; loopback without a proxy is allowed, or set {way_out}")
@@ -159,7 +159,7 @@ def greeting(args: argparse.Namespace) -> str:
         f"marks go to {marks}; a data set of them: python prepare_dataset.py sheet {marks} --images {args.marks / 'images'} "
         f"--out {out} --group-column Patient (without --group-column where no patient code was given)",
     ]
-    if not (args.tls_cert or args.behind_tls or serving_plan.is_loopback(args.host)):
+    if not (args.tls_cert or args.behind_tls or serving_sockets.is_loopback(args.host)):
         lines.append("without --tls-cert images and key travel unencrypted: for a trusted network only, or with --behind-tls")
     return "\n".join([*lines, f"{cli.RESEARCH_NOTICE} Ctrl-C stops the page."])
 

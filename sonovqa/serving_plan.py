@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import ipaddress
-import itertools
 import math
 import os
 import shlex
@@ -14,43 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sonovqa import cli, credentials, families, files, images, serving_adapters, serving_memory, serving_origins, serving_sockets
+from sonovqa import (
+    cli,
+    credentials,
+    families,
+    files,
+    images,
+    serving_adapters,
+    serving_flags,
+    serving_memory,
+    serving_origins,
+    serving_sockets,
+)
 from sonovqa.cli import UserError
 from sonovqa.serving_adapters import compact
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Flags of vLLM that serve.sh sets itself: a second value could open a port without a key, show the key in `ps`, let adapters
-#: in that nothing has looked at, or kill vLLM while it answers.
-OURS = (
-    "--host", "--port", "--model", "--served-model-name", "--config", "--enable-lora", "--lora-modules",
-    "--no-enable-tower-connector-lora", "--shutdown-timeout",
-)  # fmt: skip
-_CODE = ("it runs a program of your own beside the weights and the key", "use a parser that vLLM has by itself")
-_TENSORS = ("whoever may ask could send tensors, with which readers of them were broken into before", "send images and text")
-_TLS = "put a proxy with TLS before it, see docs/serving.md"
-#: Flags of vLLM that would undo a guard or cut serve.sh off from its own server: what they do, and the way out.
-REFUSED = {
-    "--api-key": ("it would show in every process list", "set it in the environment: export VLLM_API_KEY=…"),
-    "--grpc-port": ("it opens a second port that asks nobody for a key", "leave it out"),
-    "--root-path": ("under some prefixes vLLM no longer asks for its key", "have the proxy take its prefix off the path"),
-    "--ssl-certfile": ("the server is asked without TLS on this machine", _TLS),
-    "--ssl-keyfile": ("the server is asked without TLS on this machine", _TLS),
-    "--uds": ("the server is asked on a port of this machine", "leave it out; have a proxy listen on the socket"),
-    "--trust-remote-code": ("it runs whatever program lies beside the weights", "serve a family that vLLM knows by itself"),
-    "--allowed-origins": ("the gate before vLLM would not know them", "name each page before the --: --allow-origin URL"),
-    "--allowed-local-media-path": ("whoever may ask could have files of this machine read", "send images in the request"),
-    "--middleware": ("it runs code of your own in front of the gate, with every key and image", "have a proxy do it"),
-    "--tool-parser-plugin": _CODE,
-    "--reasoning-parser-plugin": _CODE,
-    "--enable-prompt-embeds": _TENSORS,
-    "--enable-mm-embeds": _TENSORS,
-    "--kv-events-config": ("it opens a port that tells anybody what was asked", "leave it out; /metrics counts requests"),
-    "--load-format": ("other formats than safetensors may run code when they are loaded", "auto and safetensors are allowed"),
-}
-#: Values with which a refused flag does no harm.
-HARMLESS = {"--load-format": ("auto", "safetensors")}
-#: Flags of vLLM that a refused one begins with: no abbreviations of it.
-WHOLE = ("--reasoning-parser",)
 TEXT_ROOM = 3072  # tokens beside the image: system text, a conversation's history and the answer
 UNKNOWN_IMAGE = 4096  # tokens granted an image where the processor's files do not say how many it may take
 GRACE = 20  # seconds that requests in flight have to finish when the server is stopped
@@ -195,7 +173,7 @@ def make_plan(run: Path | None, lora: bool = False, host: str = "127.0.0.1", por
     """
     check_host(host)
     check_numbers(port, max_model_len, grace)
-    check_extra(extra)
+    serving_flags.check(extra)
     origins = serving_origins.checked(origins)
     if bool(adapters) == (run is not None) or (adapters and lora):
         raise UserError(
@@ -278,7 +256,7 @@ def check_host(host: str) -> None:
     key = os.environ.get("VLLM_API_KEY")
     if key and (told := credentials.unfit("VLLM_API_KEY", key)):
         raise UserError(told)
-    if not is_loopback(host) and not key:
+    if not serving_sockets.is_loopback(host) and not key:
         raise UserError(f"a host beyond loopback needs a key; --host {host}; export VLLM_API_KEY=$(openssl rand -hex 32)")
 
 
@@ -300,34 +278,6 @@ def check_numbers(port: int, max_model_len: int | None, grace: int) -> None:
     if grace < 1:
         problems.append(f"--grace; {grace}; 1 second or more is allowed; leave it out for {GRACE}")
     cli.check(problems)
-
-
-def check_extra(extra: tuple[str, ...]) -> None:
-    """Raise `UserError` for what is no flag of vLLM, and for flags that serve.sh sets itself, abbreviations included."""
-    if extra and not extra[0].startswith("-"):
-        raise UserError(f"after --; {extra[0]}; flags of `vllm serve` are allowed, the run stands before the --; "
-                        "write -- --flag value, see ./serve.sh --help")  # fmt: skip
-    for word, after in itertools.pairwise([*extra, ""]):
-        name, equals, value = word.partition("=")
-        flag = name.partition(".")[0].replace("_", "-")  # --flag.key value is vLLM's way to write one key of a JSON value
-        if not flag.startswith("--") or flag in WHOLE:
-            continue
-        meant = [known for known in (*REFUSED, *OURS) if flag == known or (len(flag) > 3 and known.startswith(flag))]
-        if meant and meant[0] in REFUSED:
-            if (value if equals else after).lower() in HARMLESS.get(meant[0], ()):
-                continue
-            why, way_out = REFUSED[meant[0]]
-            raise UserError(f"{meant[0]} after --; {why}; {way_out}")
-        if meant:
-            raise UserError(f"{word} after --; serve.sh sets {meant[0]} itself; give it before the --, see ./serve.sh --help")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine's own. A name that is not ``localhost`` is taken for the world's."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def address(host: str) -> str:

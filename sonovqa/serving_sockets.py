@@ -77,8 +77,8 @@ def _given(extra: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def is_here(host: str) -> bool:
-    """Whether a store's address is this machine's loopback, so that none but this machine's processes can look for it there."""
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine's own. A name that is not ``localhost`` is taken for the world's."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -100,7 +100,7 @@ def local(store: type) -> type:
         """See `local`."""
 
         def __init__(self, host_name, port, world_size=None, is_master=False, *more, **named):
-            if is_master and is_here(host_name) and len(more) < 4 and named.get("master_listen_fd") is None:
+            if is_master and is_loopback(host_name) and len(more) < 4 and named.get("master_listen_fd") is None:
                 port, named["master_listen_fd"] = listen(host_name, port)
             super().__init__(host_name, port, world_size, is_master, *more, **named)
 

@@ -1,6 +1,6 @@
 """Whatever sheet and image files are thrown at prepare_dataset.py: one line of error, or every row kept or listed. No traceback.
 
-2,000 generated cases by default; ``SONOVQA_CASES=10000 pytest tests/test_bad_input.py`` runs more.
+1,000 generated cases by default; ``SONOVQA_CASES=10000 pytest tests/test_bad_input.py`` runs more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import prepare_dataset
 from sonovqa import dataset
 from sonovqa.cli import UserError
 
-CASES = int(os.environ.get("SONOVQA_CASES", "2000"))
+CASES = int(os.environ.get("SONOVQA_CASES", "1000"))
 LIMITS = settings(deadline=None, max_examples=CASES // 2, suppress_health_check=list(HealthCheck), database=None)
 QUESTIONS = [f"Q{number}" for number in range(1, 9)]
 

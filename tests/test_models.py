@@ -17,7 +17,7 @@ from conftest import ROOT
 from huggingface_hub import errors
 
 import train
-from sonovqa import adapters, files, memory, memory_check, models, tiny, weights
+from sonovqa import adapters, adapting, files, memory, memory_check, models, tiny, weights
 from sonovqa.cli import UserError
 
 
@@ -157,7 +157,7 @@ def adapter(base, tmp_path_factory) -> Path:
     """An adapter of the small base."""
     folder = tmp_path_factory.mktemp("adapter")
     loaded = models.load_for_training(str(base), 16)
-    models.adapt(loaded, models.Adapting(rank=2)).save_pretrained(folder)
+    adapting.adapt(loaded, adapting.Adapting(rank=2)).save_pretrained(folder)
     return folder
 
 

@@ -7,7 +7,7 @@ import torch
 from conftest import noise_image
 from tiny_families import SHARING
 
-from sonovqa import batching, layout, losses, models
+from sonovqa import adapting, batching, layout, losses, models
 
 QUESTIONS = {  # rows of 1, 3 and 8 questions; one branch far longer than the rest
     0: [("Identify the imaging plane shown.", "cephalic, axial, occiput left")],
@@ -62,7 +62,7 @@ def loss_and_gradients(model, batch):
 
 def adapted(model, processor, full: bool):
     loaded = models.Loaded(model, processor, "transformers", "test")
-    model = models.adapt(loaded, models.Adapting(rank=4, full=full))
+    model = adapting.adapt(loaded, adapting.Adapting(rank=4, full=full))
     with torch.no_grad():  # LoRA's B starts at zero, which would hide half of its gradients
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -128,6 +128,27 @@ def test_dry_run_writes_nothing(base, data, tmp_path, capsys):
     assert not list(tmp_path.rglob("*")), "not even a folder"
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_gpu_without_memory_ends_training_in_a_line_and_the_run_goes_on(base, data, tmp_path, monkeypatch, dry):
+    """It is full in the third step; a run has a checkpoint of the second."""
+    steps, flags = iter(range(1, 9)), {"steps": 4, "eval_every": 2}
+
+    def full(*given):
+        if torch.is_grad_enabled() and next(steps) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a\ntotal capacity of 16 GiB")
+        return losses_sum(*given)
+
+    losses_sum = losses.weighted_sum
+    monkeypatch.setattr("sonovqa.losses.weighted_sum", full)
+    with pytest.raises(UserError, match=r"memory is full; .*2.00 GiB; .*--batch.*--accumulate.*--max-pixels.*--bits 4") as mistake:
+        run(base, data, tmp_path, "full", *["--dry-run"][:dry], **flags)
+    assert "\n" not in str(mistake.value)
+    monkeypatch.setattr("sonovqa.losses.weighted_sum", losses_sum)
+    if not dry:
+        again = run(base, data, tmp_path, "full", "--resume", "--no-merge", "--no-checkpointing", **flags)
+        assert again["training"]["steps"] == 4 and len(losses_of(again)) == 4
+
+
 def test_full_training_moves_every_weight_and_needs_16_bits(base, data, tmp_path):
     record = run(base, data, tmp_path, "full", "--full")
     assert record["merge_check"]["wrong"] == []

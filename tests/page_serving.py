@@ -183,3 +183,33 @@ def used(chromium, marks: Path, told=script, *more: str, **server):
         opened(chromium, running.url) as tab,
     ):
         yield tab, running, behind
+
+
+def give(tab, data: bytes | None = None, name: str = "scan.png") -> None:
+    tab.wait_for_selector("#Q8")
+    tab.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": png() if data is None else data})
+
+
+def answered(tab) -> dict[str, str]:
+    """The answers, once all are there."""
+    tab.wait_for_selector("#answers[aria-busy=false]")
+    return {q: tab.locator(f"#{q} .text").inner_text() for q in ANSWERS}
+
+
+def dialogues(tab, accept: bool) -> list[str]:
+    """What the page asks from now on; all of it is answered so."""
+    asked = []
+    tab.on("dialog", lambda one: (asked.append(one.message), one.accept() if accept else one.dismiss()))
+    tab.evaluate(
+        "0"
+    )  # until it knows of the listener, which it is told of without waiting, Playwright dismisses dialogues itself
+    return asked
+
+
+@contextlib.contextmanager
+def with_answers(tmp_path, chromium):
+    """A tab in which the eight answers of scan.png stand, and its page."""
+    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+        give(tab)
+        answered(tab)
+        yield tab, running

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 from conftest import ROOT
+from endpoint_asking import ask, engine, only
 from stand_in import StandIn, send
-from test_endpoint import ask, engine, only
 
 from sonovqa import answering, chat, credentials, experiments_records, files, tracking_mlflow
 from sonovqa.cli import UserError

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import copy
-import io
 import threading
 import time
 
-import numpy as np
 import pytest
-from PIL import Image
+from endpoint_asking import Hasty, ask, engine, only, picture
 from stand_in import StandIn, complete, cut, send, stream
 
-from sonovqa import chat, endpoint, serving_gate
+from sonovqa import chat, endpoint
 from sonovqa.cli import UserError
 from sonovqa.endpoint import Endpoint
 from sonovqa.engines import EngineError, ImageRequest
@@ -25,41 +21,6 @@ KEYS = ("VLLM_API_KEY", "OPENAI_API_KEY")
 def no_keys(monkeypatch):
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
-
-
-def picture(mode: str = "RGB", format_: str = "PNG", colour=0, **options) -> bytes:
-    stream = io.BytesIO()
-    Image.new(mode, (32, 24), colour).save(stream, format_, **options)
-    return stream.getvalue()
-
-
-def engine(server: StandIn, **options) -> Endpoint:
-    return Endpoint(server.url, **{"model": "run", "timeout": 60.0, "retries": 3, "backoff": 0.01, **options})
-
-
-class Hasty(Endpoint):
-    """An endpoint that is left so many seconds for some prompts and ten minutes for every other: those are in no hurry."""
-
-    def __init__(self, url: str, model: str, seconds: dict[str, float], **options):
-        super().__init__(url, model, timeout=600.0, **options)
-        self.seconds = seconds
-
-    async def _tried(self, client, request: dict, read) -> tuple:
-        own = copy.copy(self)
-        own.timeout = self.seconds.get(request["messages"][-1]["content"][-1]["text"], self.timeout)
-        return await Endpoint._tried(own, client, request, read)
-
-
-def ask(engine_: Endpoint, *prompts: str, image: bytes | None = None, images: int = 1) -> dict:
-    data = picture() if image is None else image
-    pairs = tuple((f"Q{i}", prompt) for i, prompt in enumerate(prompts, 1))
-    requests = (ImageRequest(f"a/{n}.png", data, None, pairs) for n in range(images))
-    return {(reply.image_id, reply.question_id): reply for reply in engine_.answer(requests, 20)}
-
-
-def only(replies: dict):
-    assert len(replies) == 1
-    return next(iter(replies.values()))
 
 
 def test_every_reply_reaches_its_question_when_answers_come_back_out_of_order():
@@ -215,68 +176,6 @@ def test_leaving_early_cancels_what_is_open():
         answers.close()
         assert released == [], "closed before it was answered"
         release.set()
-
-
-@pytest.mark.parametrize(
-    ("mode", "format_", "options"),
-    [("RGB", "PNG", {}), ("L", "PNG", {}), ("RGB", "JPEG", {}), ("RGBA", "PNG", {}), ("P", "PNG", {"transparency": 0}),
-     ("CMYK", "JPEG", {}), ("RGB", "TIFF", {}), ("RGB", "BMP", {})],
-)  # fmt: skip
-def test_server_sees_the_pixels_that_training_saw(mode, format_, options):
-    data = picture(mode, format_, **options)
-    sent, mime = endpoint.encoded_as_seen(data)
-    assert (sent == data) == (mode in ("RGB", "L") and format_ in ("PNG", "JPEG"))
-    shown = Image.open(io.BytesIO(sent))
-    assert shown.mode in ("RGB", "L")
-    assert mime == f"image/{shown.format.lower()}"
-    assert shown.convert("RGB").tobytes() == chat.open_image(data).tobytes()
-
-
-def test_rotation_is_applied_before_sending():
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    sent, _ = endpoint.encoded_as_seen(picture(format_="JPEG", exif=exif))
-    assert Image.open(io.BytesIO(sent)).size == (24, 32)
-
-
-def photograph(width: int = 320, height: int = 240) -> bytes:
-    """A JPEG as telephones make them: a picture with a sensor's noise, to be turned when it is shown."""
-    random = np.random.default_rng(0)
-    smooth = Image.fromarray(random.integers(0, 255, (height // 40, width // 40, 3), dtype=np.uint8))
-    noisy = np.asarray(smooth.resize((width, height), Image.Resampling.BICUBIC)) + random.integers(-5, 6, (height, width, 1))
-    stream, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=90, exif=exif)
-    return stream.getvalue()
-
-
-def test_a_photograph_that_is_turned_keeps_its_pixels_unless_it_is_huge(monkeypatch):
-    data = photograph()
-    exact = chat.open_image(data)
-    sent, mime = endpoint.encoded_as_seen(data)
-    assert mime == "image/png" and Image.open(io.BytesIO(sent)).tobytes() == exact.tobytes() and exact.size == (240, 320)
-    monkeypatch.setattr(endpoint, "LARGEST_EXACT", 320 * 240 - 1)
-    smaller, mime = endpoint.encoded_as_seen(data)
-    shown = Image.open(io.BytesIO(smaller))
-    assert (mime, shown.format, shown.size, shown.getexif().get(0x0112)) == ("image/jpeg", "JPEG", (240, 320), None)
-    assert len(smaller) < len(sent) / 2
-    seen = [np.asarray(image.reduce(8), dtype=int) for image in (shown, exact)]  # as far as a model's pixel budget brings it
-    assert np.abs(seen[0] - seen[1]).max() <= 2
-
-
-def test_an_image_whose_png_is_more_than_the_gate_takes_is_sent_as_jpeg(monkeypatch):
-    data = picture("RGB", "BMP")
-    assert endpoint.encoded_as_seen(data)[1] == "image/png"
-    monkeypatch.setattr(endpoint, "LARGEST_URL", 10)
-    assert endpoint.encoded_as_seen(data)[1] == "image/jpeg"
-
-
-def test_what_counts_as_sendable_passes_the_gate_of_serve_sh():
-    """A request is the data URL and at most 25 texts of 8,000 characters, of four bytes each."""
-    assert endpoint.LARGEST_URL + 25 * 8000 * 4 + 10_000 < serving_gate.LARGEST_BODY
-    encoded = bytes(endpoint.LARGEST_URL // 4 * 3)
-    assert endpoint.is_sendable(encoded) and not endpoint.is_sendable(encoded + bytes(3))
-    assert len(base64.b64encode(encoded)) <= endpoint.LARGEST_URL
 
 
 def test_check_settles_on_the_only_model():

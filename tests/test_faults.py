@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from endpoint_asking import Hasty, ask, engine, only, picture
 from keys_and_ports import free_port
 from stand_in import StandIn
-from test_endpoint import Hasty, ask, engine, only, picture
 from test_killed import finish, start
 
 from sonovqa import asking, chat, dataset, predictions

@@ -13,8 +13,10 @@ from page_serving import (
     PROMPTS,
     SURE,
     Running,
+    answered,
     bomb,
     full_disk,
+    give,
     opened,
     png,
     script,
@@ -25,23 +27,10 @@ from page_serving import (
 
 from sonovqa import page, page_guard
 
-IMAGE = {"name": "scan.png", "mimeType": "image/png", "buffer": png()}
-
 
 def seen(tab, text: str) -> None:
     """Wait until the banner says so; a screen reader is told as well (role alert)."""
     tab.locator("#banner[role=alert]").get_by_text(text).wait_for()
-
-
-def give(tab, data: bytes | None = None, name: str = "scan.png") -> None:
-    tab.wait_for_selector("#Q8")
-    tab.set_input_files("#file", IMAGE if data is None else {"name": name, "mimeType": "image/png", "buffer": data})
-
-
-def answered(tab) -> dict[str, str]:
-    """The answers, once all are there."""
-    tab.wait_for_selector("#answers[aria-busy=false]")
-    return {q: tab.locator(f"#{q} .text").inner_text() for q in ANSWERS}
 
 
 def test_a_server_killed_in_mid_stream_is_waited_for_and_asked_again(tmp_path, chromium):

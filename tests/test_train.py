@@ -140,7 +140,8 @@ def test_a_gpu_without_memory_ends_training_in_a_line_and_the_run_goes_on(base, 
 
     losses_sum = losses.weighted_sum
     monkeypatch.setattr("sonovqa.losses.weighted_sum", full)
-    with pytest.raises(UserError, match=r"memory is full; .*2.00 GiB; .*--batch.*--accumulate.*--max-pixels.*--bits 4") as mistake:
+    told = r"memory is full; .*2.00 GiB; .*--batch.*--accumulate.*--max-pixels.*--bits 4"
+    with pytest.raises(UserError, match=told) as mistake:
         run(base, data, tmp_path, "full", *["--dry-run"][:dry], **flags)
     assert "\n" not in str(mistake.value)
     monkeypatch.setattr("sonovqa.losses.weighted_sum", losses_sum)

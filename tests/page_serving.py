@@ -200,9 +200,7 @@ def dialogues(tab, accept: bool) -> list[str]:
     """What the page asks from now on; all of it is answered so."""
     asked = []
     tab.on("dialog", lambda one: (asked.append(one.message), one.accept() if accept else one.dismiss()))
-    tab.evaluate(
-        "0"
-    )  # until it knows of the listener, which it is told of without waiting, Playwright dismisses dialogues itself
+    tab.evaluate("0")  # Playwright is told of the listener without waiting, and until it knows dismisses dialogues itself
     return asked
 
 

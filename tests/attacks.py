@@ -49,7 +49,7 @@ def post(url: str, body: dict, key: str | None) -> int:
     """The status that a POST is answered with."""
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=60) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), headers), timeout=600) as response:
             return response.status
     except urllib.error.HTTPError as fault:
         return fault.code
@@ -57,7 +57,7 @@ def post(url: str, body: dict, key: str | None) -> int:
 
 def status_of(url: str) -> int:
     try:
-        with urllib.request.urlopen(url, timeout=10) as response:
+        with urllib.request.urlopen(url, timeout=300) as response:
             return response.status
     except urllib.error.HTTPError as fault:
         return fault.code
@@ -66,7 +66,7 @@ def status_of(url: str) -> int:
 def sent_in_chunks(url: str, key: str) -> int:
     """The status for a body of more than is allowed that does not say how long it is."""
     told = urlsplit(url)
-    connection = http.client.HTTPConnection(told.hostname, told.port, timeout=30)
+    connection = http.client.HTTPConnection(told.hostname, told.port, timeout=300)
     pieces = (b" " * (1 << 20) for _ in range((LARGEST_BODY >> 20) + 8))
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     connection.request("POST", told.path, pieces, headers, encode_chunked=True)

@@ -15,12 +15,17 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from sonovqa import files, torchvision_ops  # noqa: E402
 from sonovqa.questions import QUESTIONS, SYSTEM_TEXT  # noqa: E402
 
 torchvision_ops.declare()
+
+# Generated cases are the same every time, so that a change is what a failure comes from; and no case is too slow.
+settings.register_profile("the same", derandomize=True, deadline=None, database=None)
+settings.load_profile("the same")
 
 #: Why a test is skipped where a browser, vLLM or Node is missing; not where a test suits another machine or other data.
 MISSING = re.compile(r"is not installed|there is no |no Chromium|could not import", re.IGNORECASE)

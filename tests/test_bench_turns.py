@@ -36,7 +36,7 @@ def held(*processes: list) -> list[tuple[str, float, float]]:
     started = [context.Process(target=spells, args=(turns, ready, told)) for turns in processes]
     for process in started:
         process.start()
-    found = [told.get(timeout=60)[:3] for turns in processes for _ in turns]
+    found = [told.get(timeout=600)[:3] for turns in processes for _ in turns]
     for process in started:
         process.join()
     return found
@@ -56,7 +56,7 @@ def test_nothing_goes_on_beside_what_is_timed():
 def meet(turn, both, told) -> None:
     """Wait for the other process inside a turn."""
     with turn():
-        both.wait(timeout=60)
+        both.wait(timeout=600)
         told.put(True)
 
 
@@ -66,7 +66,7 @@ def test_warming_up_goes_on_side_by_side():
     started = [context.Process(target=meet, args=(bench_turns.beside_others, both, told)) for _ in range(2)]
     for process in started:
         process.start()
-    assert [told.get(timeout=60) for _ in started] == [True, True]
+    assert [told.get(timeout=600) for _ in started] == [True, True]
     for process in started:
         process.join()
 

@@ -17,8 +17,7 @@ from conftest import ROOT
 from tiny_families import FAMILIES, write
 
 import evaluate
-import train
-from sonovqa import dataset, families, families_table, files, finishing, merging, models, predictions
+from sonovqa import adapting, dataset, families, families_table, files, finishing, merging, models, predictions
 from sonovqa.cli import UserError
 from sonovqa.engines import ImageRequest
 from sonovqa.generation import LocalEngine
@@ -94,7 +93,7 @@ def train_one(tokenizer, few, tmp_path_factory):
 
 def watch(patch, made: Trained, few: Path) -> None:
     """Note what train.py's model is at the start and says at the end; merge here instead of in a process of its own."""
-    adapt, save = train.adapt, finishing.save
+    adapt, save = adapting.adapt, finishing.save
     start: dict[str, torch.Tensor] = {}
 
     def watched_adapt(*arguments):
@@ -113,7 +112,7 @@ def watch(patch, made: Trained, few: Path) -> None:
         merging.main([str(folder)])
         return files.read_json(folder / "merge.json")
 
-    patch.setattr(train, "adapt", watched_adapt)
+    patch.setattr(adapting, "adapt", watched_adapt)
     patch.setattr(finishing, "save", watched_save)
     patch.setattr(merging, "run", merged_here)
 

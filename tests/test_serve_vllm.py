@@ -242,7 +242,7 @@ def test_attacks_on_the_server_come_to_nothing(served):
 def status_of(served, path: str, body: bytes | None = None, **headers: str) -> int:
     request = urllib.request.Request(served.url + path, body, headers)
     try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as response:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as response:
             return response.status
     except urllib.error.HTTPError as fault:
         return fault.code

@@ -23,7 +23,7 @@ ROWS = st.lists(
 ).filter(lambda rows: len({group for group, _ in rows}) >= len(SPLITS))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(rows=ROWS, seed=st.integers(0, 5), shuffle=st.randoms(use_true_random=False))
 def test_groups_are_whole_all_rows_are_in_and_order_is_nothing(rows, seed, shuffle):
     found = assign(*zip(*rows, strict=True), RATIOS, seed)
@@ -37,7 +37,7 @@ def test_groups_are_whole_all_rows_are_in_and_order_is_nothing(rows, seed, shuff
     assert again == home
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     sizes=st.lists(st.integers(1, 6), min_size=100, max_size=200),
     ratios=st.sampled_from([RATIOS, (0.8, 0.1, 0.1), (0.5, 0.25, 0.25)]),

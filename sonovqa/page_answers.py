@@ -196,7 +196,8 @@ class PageEndpoint(Endpoint):
         found = await asyncio.gather(*(self._weighed(asked, text) for text in confidence.texts_of(wordings)))
         if None in found:
             return {}
-        return compared(wordings, found, label, event["answer"], event["confidence"])
+        names = confidence.canonical_answers(question_id)
+        return compared(wordings, found, label, event["answer"], event["confidence"], names)
 
     async def _weighed(self, asked: list[dict], text: str) -> float | None:
         """Natural log-likelihood of one wording, or ``None`` where the server does not tell."""
@@ -220,7 +221,8 @@ def ended(said: Said) -> Event:
     return {"answer": said.text.strip(), "confidence": told, "of": "this wording", "cut": said.finish == "length"}
 
 
-def compared(wordings: Mapping[str, Sequence[str]], found: Sequence[float], label: str, answer: str, own: float) -> Event:
+def compared(wordings: Mapping[str, Sequence[str]], found: Sequence[float], label: str, answer: str, own: float,
+             names: Mapping[str, str]) -> Event:  # fmt: skip
     """The confidence in an answer as the probability of its label among all labels.
 
     Args:
@@ -228,10 +230,12 @@ def compared(wordings: Mapping[str, Sequence[str]], found: Sequence[float], labe
         found: natural log-likelihoods of the wordings.
         label: what the answer stands for.
         answer, own: the answer and the probability of its wording, which counts for its label.
+        names: of labels, as they are shown (`confidence.canonical_answers`); a label without one is shown as it is.
 
     Returns:
-        ``confidence``, ``of`` and ``labels``, the likeliest three with their probabilities; empty if the wordings hold less
-        than `LEAST_MASS` of the model's probability.
+        ``confidence``, ``of`` and ``others``, the two likeliest other labels with their probabilities, of which one may be
+        likelier than the answer's own: the model wrote the likeliest wording. Empty if the wordings hold less than
+        `LEAST_MASS` of the model's probability.
     """
     told = dict(zip(confidence.texts_of(wordings), found, strict=True))
     if answer not in told:
@@ -240,8 +244,9 @@ def compared(wordings: Mapping[str, Sequence[str]], found: Sequence[float], labe
     chances, mass = confidence.probabilities([told[text] for text in confidence.texts_of(wordings)], wordings)
     if mass < LEAST_MASS:
         return {}
-    likeliest = sorted(chances.items(), key=lambda entry: -entry[1])[:3]
-    return {"confidence": chances[label], "of": "this label", "labels": [[name, round(p, 4)] for name, p in likeliest]}
+    others = sorted(((name, p) for name, p in chances.items() if name != label), key=lambda entry: -entry[1])[:2]
+    shown = [[names.get(name, name), round(p, 4)] for name, p in others]
+    return {"confidence": chances[label], "of": "this label", "others": shown}
 
 
 def told_of(fault: Exception) -> str:

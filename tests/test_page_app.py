@@ -54,7 +54,8 @@ def test_eight_answers_stream_in_pieces_each_with_its_probability(tmp_path):
     assert pieces == ["cephalic, ", "axial"]
     assert whole["Q1"]["confidence"] == pytest.approx(SURE) and whole["Q8"]["confidence"] == pytest.approx(UNSURE)
     assert whole["Q7"]["confidence"] == pytest.approx(SURE / (SURE + 2 * 0.001)) and whole["Q7"]["of"] == "this label"
-    assert whole["Q7"]["labels"][0][0] == "normal" and len(whole["Q7"]["labels"]) == 3
+    assert [name for name, _ in whole["Q7"]["others"]] == ["abnormal", "unclear"]
+    assert all(name.endswith(" weeks") for name, _ in whole["Q5"]["others"]) and len(whole["Q5"]["others"]) == 2
 
 
 def test_prompts_are_those_of_the_one_builder_image_first_and_nothing_can_be_fetched(tmp_path):
@@ -104,11 +105,21 @@ def test_a_server_that_tells_no_probabilities_leaves_the_confidence_open(tmp_pat
 def test_labels_that_hold_little_of_the_probability_are_not_compared():
     wordings = {"normal": ("normal",), "abnormal": ("abnormal",)}
     rare = [math.log(1e-6), math.log(1e-9)]
-    assert page_answers.compared(wordings, rare, "normal", "it looks fine to me", 0.01) == {}
-    found = page_answers.compared(wordings, rare, "normal", "it looks fine to me", 0.8)
+    assert page_answers.compared(wordings, rare, "normal", "it looks fine to me", 0.01, {}) == {}
+    found = page_answers.compared(wordings, rare, "normal", "it looks fine to me", 0.8, {})
     assert found["confidence"] == pytest.approx(1, abs=1e-6)
-    likely = page_answers.compared(wordings, [math.log(0.6), math.log(0.3)], "normal", "normal", 0.6)
+    likely = page_answers.compared(wordings, [math.log(0.6), math.log(0.3)], "normal", "normal", 0.6, {})
     assert likely["confidence"] == pytest.approx(2 / 3)
+
+
+def test_a_label_likelier_than_the_answers_own_is_among_the_others():
+    """The answer is the likeliest wording; of another label two wordings together are likelier."""
+    wordings = {"20-25": ("20-25 weeks",), "15-20": ("15-20 weeks", "18-20 weeks")}
+    found = [math.log(p) for p in (0.4, 0.3, 0.2)]
+    told = page_answers.compared(wordings, found, "20-25", "20-25 weeks", 0.4, {"15-20": "15-20 weeks"})
+    assert told["confidence"] == pytest.approx(0.4 / 0.9) and told["others"] == [
+        ["15-20 weeks", pytest.approx(0.5 / 0.9, abs=1e-4)]
+    ]
 
 
 def test_no_fault_of_the_endpoint_shows_its_key(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ export class Card {
     this.find(".percent").textContent = known ? percent(event.confidence) : event.weighing ? "weighing …" : "confidence not told";
     this.find(".of").textContent = `The percentage is the probability of ${event.of}.`;
     this.find(".of").hidden = !known || !event.of;
-    const others = (event.labels ?? []).slice(1).filter(([, p]) => p >= 0.01);
+    const others = (event.others ?? []).filter(([, p]) => p >= 0.01);
     this.find(".also").textContent = `Otherwise: ${others.map(([name, p]) => `${name} (${percent(p)})`).join(", ")}`;
     this.find(".also").hidden = !others.length;
     for (const name of [".marks", ".right", ".wrong"]) this.find(name).hidden = false;

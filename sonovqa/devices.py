@@ -35,15 +35,15 @@ def one_gpu(config):
 
 
 @contextlib.contextmanager
-def _in_memory(kept: str):
-    """Inside, a GPU that runs out of memory is a `UserError` that says what is ``kept`` and the ways out, not a traceback."""
+def _in_memory(ways_out: str):
+    """Inside, a GPU that runs out of memory is a `UserError` with what is kept and the ``ways_out``, not a traceback."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as fault:
         what = " ".join(str(fault).split(". ")[:2])[:150]
-        raise UserError(f"the GPU's memory is full; {what}; {kept}") from None
+        raise UserError(f"the GPU's memory is full; {what}; {ways_out}") from None
 
 
 def answering_in_memory():
@@ -55,8 +55,8 @@ def answering_in_memory():
 def training_in_memory():
     """`_in_memory` for a model in training. Of what helps only ``--checkpointing`` may change when a run goes on
     (`resuming.FREE`); the rest makes another run of it."""
-    return _in_memory("checkpoints are kept; after --no-checkpointing --resume without it, else start another --run: a smaller "
-                      "--batch and as much more --accumulate, smaller images (--max-pixels) or --bits 4")  # fmt: skip
+    return _in_memory("checkpoints are kept; if --no-checkpointing was given, --resume without it; else start another --run: a "
+                      "smaller --batch and as much more --accumulate, smaller images (--max-pixels) or --bits 4")  # fmt: skip
 
 
 def compute_dtype():

@@ -205,9 +205,9 @@ def dialogues(tab, accept: bool) -> list[str]:
 
 
 @contextlib.contextmanager
-def with_answers(tmp_path, chromium):
+def with_answers(tmp_path, chromium, answer=script):
     """A tab in which the eight answers of scan.png stand, and its page."""
-    with used(chromium, tmp_path, script, "--no-labels") as (tab, running, behind):
+    with used(chromium, tmp_path, answer, "--no-labels") as (tab, running, behind):
         give(tab)
         answered(tab)
         yield tab, running

@@ -1,6 +1,6 @@
 """Whatever sheet and image files are thrown at prepare_dataset.py: one line of error, or every row kept or listed. No traceback.
 
-1,000 generated cases by default, the same every time; ``SONOVQA_CASES=10000 pytest tests/test_bad_input.py`` draws others.
+2,000 generated cases by default, the same every time; ``SONOVQA_CASES=10000 pytest tests/test_bad_input.py`` draws others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import prepare_dataset
 from sonovqa import dataset
 from sonovqa.cli import UserError
 
-CASES = int(os.environ.get("SONOVQA_CASES", "1000"))
+CASES = int(os.environ.get("SONOVQA_CASES", "2000"))
 LIMITS = settings(max_examples=CASES // 2, suppress_health_check=list(HealthCheck), derandomize="SONOVQA_CASES" not in os.environ)
 QUESTIONS = [f"Q{number}" for number in range(1, 9)]
 

@@ -18,7 +18,6 @@ from page_serving import (
     script,
     system_chromium,  # noqa: F401 - a fixture
     told,
-    used,
     with_answers,
 )
 
@@ -37,9 +36,7 @@ class Held:
 @contextlib.contextmanager
 def next_one_sent(tmp_path, chromium, answer=script):
     """A tab with the eight answers of scan.png, its page, and what lets second.png go, which is on its way."""
-    with used(chromium, tmp_path, answer, "--no-labels") as (tab, running, behind):
-        give(tab)
-        answered(tab)
+    with with_answers(tmp_path, chromium, answer) as (tab, running):
         held = Held(running)
         give(tab, png(seed=1), "second.png")
         tab.wait_for_selector("#drop[data-state=sending]")

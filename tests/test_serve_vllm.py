@@ -303,6 +303,8 @@ def test_a_request_in_flight_finishes_when_the_server_is_stopped(served):
                     time.sleep(0.05)
             events = [first, *response]
             break
+    else:
+        pytest.fail("no request was in flight when the engine froze")
     assert served.process.wait(timeout=600) == 0
     told = [json.loads(event[6:]) for event in events if event.startswith(b"data: {")]
     assert told[-1]["usage"]["completion_tokens"] == 400 and events[-2] == b"data: [DONE]\n"

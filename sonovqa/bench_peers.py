@@ -174,7 +174,7 @@ def _train(work: Work, loaded, model, samples) -> tuple[list[float], list[float]
     with tempfile.TemporaryDirectory() as folder:
         trainer = SFTTrainer(
             model=model,
-            args=_configuration(work, folder),
+            args=devices.one_gpu(_configuration(work, folder)),
             processing_class=loaded.processor,
             data_collator=_collator(work, loaded, model),
             train_dataset=samples,

@@ -69,6 +69,7 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # constants such as rotary frequencies; else sent to every process in every forward pass
     )
     return devices.one_gpu(config)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import serving, serving_plan, serving_signals
+from sonovqa import devices, serving, serving_plan, serving_signals
 
 SAMPLE_SECONDS = 1.0  # between two looks at a server's memory; summing its pages costs CPU time that it needs itself
 _STATED = re.compile(r"Model loading took ([\d.]+) GiB")
@@ -111,7 +111,7 @@ def _tree_bytes(pid: int) -> int:
 
 
 def device_used() -> int | None:
-    """Bytes in use on the first GPU, by nvidia-smi; ``None`` where there is none. No CUDA context is made for it."""
+    """Bytes in use on this process's GPU, by nvidia-smi; ``None`` where there is none. No CUDA context is made for it."""
     told = _nvidia_smi("--query-gpu=memory.used", "--format=csv,noheader,nounits")
     try:
         return int(float(told.split()[0]) * 2**20)
@@ -120,13 +120,16 @@ def device_used() -> int | None:
 
 
 def device_processes() -> int:
-    """How many processes compute on the first GPU, by nvidia-smi; 0 where there is none."""
+    """How many processes compute on this process's GPU, by nvidia-smi; 0 where there is none."""
     return len(_nvidia_smi("--query-compute-apps=pid", "--format=csv,noheader").splitlines())
 
 
 def _nvidia_smi(*query: str) -> str:
+    gpu = devices.first_visible()
+    if gpu is None:
+        return ""
     try:
-        command = ["nvidia-smi", *query, "--id=0"]
+        command = ["nvidia-smi", *query, f"--id={gpu}"]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return ""

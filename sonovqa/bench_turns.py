@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from sonovqa import files
+from sonovqa import devices, files
 from sonovqa.cli import console
 
 
@@ -35,7 +35,7 @@ def alone() -> Iterator[None]:
 def file() -> Path:
     """The lock file of this process's device: the first GPU that it may see, by the variable that says so. (To ask CUDA would
     take memory there, of those that only send requests to a server too.)"""
-    device = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "none"
+    device = devices.first_visible() or "none"
     return Path(tempfile.gettempdir()) / f"sonovqa-bench-{os.getuid()}-{files.sha256(device)[:16]}.lock"
 
 

@@ -3,9 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 
 from sonovqa.cli import UserError, console
+
+
+def visible() -> list[str] | None:
+    """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves to this process, by number or UUID, as CUDA numbers them; ``None``: all.
+
+    For what is asked of nvidia-smi, which knows nothing of the variable. As in CUDA, names behind one that is none do not
+    count. Numbers are the same for both where GPUs are alike or ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` (CUDA C++ Programming
+    Guide, environment variables).
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return None
+    return list(itertools.takewhile(lambda name: name and not name.startswith("-"), map(str.strip, named.split(","))))
+
+
+def first_visible() -> str | None:
+    """The first of `visible`, which a process uses unless it is told otherwise; ``"0"`` where all are; ``None``: none is."""
+    names = visible()
+    return "0" if names is None else next(iter(names), None)
 
 
 def take_gpu() -> None:

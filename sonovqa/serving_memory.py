@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import files, memory, weights
+from sonovqa import devices, files, memory, weights
 
 UTILISATION = 0.92  # vLLM's own default (config/cache.py)
 #: What vLLM takes on a GPU beside weights, activations and KV cache: CUDA's context, and graphs of the model.
@@ -154,10 +154,16 @@ def cpu_told(needs: Needs, space: float, free: float) -> str:
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that ``nvidia-smi`` lists; none where it is missing or fails."""
+    """The NVIDIA GPUs that ``nvidia-smi`` lists and vLLM would see, in its order; none where it is missing or fails."""
     if not shutil.which("nvidia-smi"):
         return []
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits"]
+    names = devices.visible()
+    chosen = [[]] if names is None else [[f"--id={name}"] for name in names]
+    return [gpu for words in chosen for gpu in _listed(words)]
+
+
+def _listed(chosen: list[str]) -> list[Gpu]:
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits", *chosen]
     done = subprocess.run(asked, capture_output=True, text=True)
     return [parse_gpu(line) for line in done.stdout.splitlines() if line.count(",") == 3] if done.returncode == 0 else []
 

@@ -211,6 +211,17 @@ def test_a_device_that_others_use_too_tells_nothing_about_this_process(processes
     assert taken["device_peak"] == (2000 * 2**20 if known else None)
 
 
+def test_memory_in_use_is_asked_of_the_gpu_that_this_process_has(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\ncase "$*" in *--id=1*) echo 3000 ;; *) echo 90000; echo 90000 ;; esac\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert (bench_serving.device_used(), bench_serving.device_processes()) == (3000 * 2**20, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert (bench_serving.device_used(), bench_serving.device_processes()) == (None, 0)
+
+
 def test_what_vllms_log_states_is_read(tmp_path):
     log = tmp_path / "log"
     log.write_text("(Worker) INFO gpu_model_runner.py: Model loading took 16.78 GiB memory and 5.31 seconds\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from sonovqa import devices
@@ -45,3 +46,22 @@ def test_a_process_trains_on_one_gpu():
         n_gpu = property(lambda self: self._n_gpu)
 
     assert devices.one_gpu(Config()).n_gpu == 1
+
+
+@pytest.mark.parametrize(
+    ("named", "visible", "first"),
+    [
+        (None, None, "0"),
+        ("", [], None),
+        ("-1", [], None),
+        ("1", ["1"], "1"),
+        ("3, 1", ["3", "1"], "3"),
+        ("2,-1,3", ["2"], "2"),
+        ("GPU-8932f937-d72c", ["GPU-8932f937-d72c"], "GPU-8932f937-d72c"),
+    ],
+)
+def test_the_gpus_that_the_environment_leaves(named, visible, first, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert (devices.visible(), devices.first_visible()) == (visible, first)

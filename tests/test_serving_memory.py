@@ -78,6 +78,22 @@ def test_needs_come_from_headers_and_configuration(tmp_path):
     assert needs_of(str(tmp_path), [], 12, 4096) is None
 
 
+def test_only_gpus_that_vllm_would_see_are_planned_with(tmp_path, monkeypatch):
+    """On a box whose first GPU trains, CUDA_VISIBLE_DEVICES=1 bash serve.sh plans with the second one's memory."""
+    program = tmp_path / "nvidia-smi"
+    listed = {"0": "NVIDIA H200, 143771, 900, 9.0", "1": "NVIDIA H200, 143771, 143156, 9.0"}
+    chosen = "[a[5:] for a in sys.argv if a.startswith('--id=')] or list(gpus)"
+    program.write_text(f"#!{sys.executable}\nimport sys\ngpus = {listed}\nfor name in {chosen}: print(gpus[name])\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    busy = replace(H200, free=900 * 2**20)
+    for visible, expected in (("1", [H200]), ("1,0", [H200, busy]), ("", []), (None, [busy, H200])):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert serving_memory.gpus() == expected, visible
+
+
 def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))

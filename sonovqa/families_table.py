@@ -11,10 +11,14 @@ from sonovqa.families import FAMILIES, Family
 _FILE = "tests/test_families.py"
 #: Families of which that file has a tiny random checkpoint.
 TESTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "mllama", "gemma3", "blip-2", "florence2")
-#: Records under outputs/records/ of larger weights, by family, and what they were. They ran through Unsloth.
-UNSLOTH = {"qwen3_vl": ("random weights of the real size", ("h200-2b-4bit.json", "bench-train-h200.json"))}
+#: Records under outputs/records/ of runs on a GPU, by family, and what the weights were: through Unsloth, or transformers and
+#: PEFT where Unsloth is not used.
+ON_GPU = {
+    "qwen3_vl": ("random weights of the real size", ("h200-2b-4bit.json", "bench-train-h200.json"))
+} | {kind: ("tiny random weights", (f"h200-{kind}.json",)) for kind in ("qwen2_vl", "qwen2_5_vl", "llava", "mllama", "blip-2",
+     "florence2")}  # fmt: skip
 HEAD = ["family", "model type, weights for it", "prompt", "image", "LoRA by default", "questions behind one image",
-        "train, evaluate, save, reload, merge", "Unsloth", "vLLM"]  # fmt: skip
+        "train, evaluate, save, reload, merge", "Unsloth on a GPU", "vLLM"]  # fmt: skip
 
 
 def rows() -> list[list[str]]:
@@ -34,7 +38,7 @@ def _row(kind: str, family: Family) -> list[str]:
         f"{family.bits} bits",
         shared if family.shares_prefix else f"no: {family.why_not}",
         _trained(kind),
-        _unsloth(kind, family),
+        _on_gpu(kind, family),
         f"no: {family.not_served}" if family.not_served else _served(kind),
     ]
 
@@ -53,12 +57,11 @@ def _trained(kind: str) -> str:
     return f"tiny random weights, `{_FILE}::test_overfits[{kind}]`, `…::test_same_answers[{kind}-merged]`"
 
 
-def _unsloth(kind: str, family: Family) -> str:
-    if not family.unsloth:
-        return "not used"
-    what, names = UNSLOTH.get(kind, ("", ()))
+def _on_gpu(kind: str, family: Family) -> str:
+    what, names = ON_GPU.get(kind, ("not run", ()))
     links = ", ".join(f"[{name}](outputs/records/{name})" for name in names)
-    return f"{what}: {links}" if links else "used where there is CUDA; not run"
+    run = f"{what}: {links}" if links else what
+    return f"{'used where there is CUDA' if family.unsloth else 'not used, transformers and PEFT there'}; {run}"
 
 
 def _served(kind: str) -> str:

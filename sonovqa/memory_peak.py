@@ -164,7 +164,7 @@ def predict(tensors: dict[str, Tensor], config: Mapping, bits: int, element: int
     stages = {  # each beside the weights; whichever is the most is the peak
         "answers": sum((decoding | beside).values()),
         "prefix": prefill + sum(beside.values()),
-        "vision": work.patches * patch + beside["pixels"] + beside["workspace"],
+        "vision": work.patches * patch + _kept_bytes(config, work, element) + beside["pixels"] + beside["workspace"],
         "loading": largest * (2 * element + 1),  # one tensor at a time: as stored, its 16-bit copy, the quantised one
     }
     parts = {"weights": loaded} | decoding | beside | {f"most at {name}": count for name, count in stages.items()}
@@ -182,6 +182,17 @@ def _cache_bytes(text: Mapping[str, Tensor], work: Workload, element: int) -> tu
     heads = max((t.shape[0] for name, t in text.items() if name.endswith("q_proj.weight")), default=0)
     most = max(length * bool(own), image * bool(cross))
     return cache, work.rows * most * 2 * max(heads, max(own, default=0) // 2) * element
+
+
+def _kept_bytes(config: Mapping, work: Workload, element: int) -> float:
+    """Bytes of what a tower keeps of every patch until its last layer is through: where the language model reads several of its
+    layers (Llama 3.2 Vision's), the outputs of all of them, and a mask of every patch of an image against every other
+    (`transformers.models.mllama.modeling_mllama`: ``MllamaVisionEncoder``, ``_prepare_aspect_ratio_attention_mask``)."""
+    tower = config.get("vision_config") or {}
+    if "intermediate_layers_indices" not in tower:
+        return 0
+    outputs = work.patches * tower.get("num_hidden_layers", 0) * tower.get("hidden_size", 0)
+    return (outputs + work.patches**2 / max(work.images, 1)) * element
 
 
 def _widths(text: Mapping[str, Tensor], crossing: bool) -> list[int]:

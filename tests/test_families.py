@@ -123,11 +123,19 @@ def trained(request, train_one) -> Trained:
     return train_one(request.param)
 
 
+def lines_of(record: Path) -> list[dict]:
+    """The rows of a benchmark's record, or the one run that it is of; on a GPU, or there are none."""
+    made = files.read_json(record)
+    return made.get("rows", [made]) if "NVIDIA" in made["device"]["name"] else []
+
+
 def test_the_table_says_of_every_family_what_was_run():
     """experiments.md's family table: `tests/test_project.py` holds the page to it, this holds it to what is run here."""
     assert set(families_table.TESTED) == set(FAMILIES) == set(families.FAMILIES)
-    named = [name for _, names in families_table.UNSLOTH.values() for name in names]
-    assert [name for name in named if not (ROOT / "outputs" / "records" / name).exists()] == []
+    for kind, (_, names) in families_table.ON_GPU.items():
+        for name in names:
+            backends = {line["backend"] for line in lines_of(ROOT / "outputs" / "records" / name)}
+            assert backends == {"unsloth" if families.FAMILIES[kind].unsloth else "transformers"}, name
     told = {line[1].split("`")[1]: line for line in families_table.rows()[1:]}
     assert all(("test_vllm" in told[kind][-1]) != bool(family.not_served) for kind, family in families.FAMILIES.items())
 

@@ -11,12 +11,13 @@ from sonovqa.families import FAMILIES, Family
 _FILE = "tests/test_families.py"
 #: Families of which that file has a tiny random checkpoint.
 TESTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "mllama", "gemma3", "blip-2", "florence2")
+_TINY_ON_GPU = ("qwen2_vl", "qwen2_5_vl", "llava", "mllama", "blip-2", "florence2")
 #: Records under outputs/records/ of runs on a GPU, by family, and what the weights were: through Unsloth, or transformers and
 #: PEFT where Unsloth is not used.
 ON_GPU = {
-    "qwen3_vl": ("random weights of the real size", ("h200-2b-4bit.json", "bench-train-h200.json"))
-} | {kind: ("tiny random weights", (f"h200-{kind}.json",)) for kind in ("qwen2_vl", "qwen2_5_vl", "llava", "mllama", "blip-2",
-     "florence2")}  # fmt: skip
+    "qwen3_vl": ("random weights of the real size", ("h200-2b-4bit.json", "bench-train-h200.json")),
+    **{kind: ("tiny random weights", (f"h200-{kind}.json",)) for kind in _TINY_ON_GPU},
+}
 HEAD = ["family", "model type, weights for it", "prompt", "image", "LoRA by default", "questions behind one image",
         "train, evaluate, save, reload, merge", "Unsloth on a GPU", "vLLM"]  # fmt: skip
 

@@ -88,7 +88,9 @@ def trained_rows() -> list:
         layers = files.read_json(RECORDS / f"bench-3-layers-{bits}-bits.json")["rows"]
         told += [(r["model"].removeprefix("qwen3-vl-"), bits, r["size"], r["micro_batch"], "shared", True, r["peak_memory_bytes"])
                  for r in layers if r["layers"] == "all"]  # fmt: skip
-    return told + [("8B", 4, r["size"], 8, "separate", False, r["peak_memory_bytes"]) for r in ends if r["setting"] == "8 none"]
+    ends += files.read_json(RECORDS / "bench-train-end-to-end-16-none-h200.json")["rows"]
+    kept = [(r, int(r["setting"].split()[0])) for r in ends if r["setting"].endswith(" none")]
+    return told + [("8B", 4, r["size"], batch, "separate", False, r["peak_memory_bytes"]) for r, batch in kept]
 
 
 @pytest.mark.parametrize(("model", "bits", "size", "batch", "batching", "checkpointing", "measured"), trained_rows())

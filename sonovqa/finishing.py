@@ -150,6 +150,8 @@ def say_end(args: argparse.Namespace, folder: Path, run: dict) -> None:
             f"{args.bits}-bit model as trained agrees at "
             f"{check['drift']['top_agreement']:.2%}"
         )
+        if note := merging.rounding_note(check):
+            console.print(note)
     name = os.path.relpath(folder)
     console.print(f"{name}/  {'adapter/ ' if not args.full else ''}{'merged/ ' if check else ''}run.json\n{cli.RESEARCH_NOTICE}")
     console.print(f"next: python evaluate.py {name} --data {args.data}   then: bash serve.sh {name}")

@@ -25,6 +25,7 @@ from sonovqa import (
 from sonovqa.bench_cases import SHARED, VLLM, Case, Scoring
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine
+from sonovqa.memory_peak import Batch
 
 RESAMPLES = 1000  # of groups, for the intervals, evaluate.py's default
 
@@ -70,6 +71,12 @@ def _asked(how: Scoring) -> tuple:
     raw = dataset.subset(splits[how.split], how.rows, how.seed) if how.rows else splits[how.split]
     items, train = (asking.items_of(split, "all", how.prompt) for split in (raw, splits["train"]))
     return raw, items, train, how.new_tokens or answer_limits.usual(items, train)
+
+
+def batch_of(how: Scoring) -> Batch:
+    """The most that a local engine has in work at one time while it scores, see `asking.batch_of`."""
+    raw, items, _, limit = _asked(how)
+    return asking.batch_of(items, asking.image_sizes(raw, range(len(raw))), how.at_once, limit, blind=True)
 
 
 def to_send(how: Scoring) -> endpoint_cost.Estimate:

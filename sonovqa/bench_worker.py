@@ -13,10 +13,10 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from sonovqa import (
-    answer_limits,
     bench_caches,
     bench_cases,
     bench_images,
@@ -76,17 +76,21 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
 
 
 def batch_of(case: Case, requests: list[ImageRequest]) -> Batch:
-    """The most that a case has in work at one time, its scoring included; where nobody set its limit, the usual one."""
-    scored = (case.scoring.new_tokens or answer_limits.USUAL) if case.scoring else 0
+    """The most that a case has in work at one time, in every respect: of what is measured and of what is scored."""
     sizes = [images.size_of(request.image) for request in requests]
-    return Batch(
-        images=max(case.levels),
+    measured = Batch(
+        images=max(case.levels, default=1),
         questions=max(len(request.prompts) for request in requests),
-        new_tokens=max(case.new_tokens, scored),
+        new_tokens=case.new_tokens,
         pixels=max(width * height for width, height in sizes),
         letters=max(len(prompt) for request in requests for _, prompt in request.prompts),
         share=case.engine == SHARED,
     )
+    if not case.scoring:
+        return measured
+    scored, respects = bench_scores.batch_of(case.scoring), ("images", "questions", "new_tokens", "pixels", "letters")
+    most = {name: max(getattr(batch, name) or 0 for batch in (measured, scored)) for name in respects}
+    return replace(measured, **most)
 
 
 def scored(case: Case, engine: Engine) -> dict:

@@ -16,6 +16,7 @@ from PIL import Image
 import evaluate
 import inference
 from sonovqa import (
+    answer_limits,
     architectures,
     asking,
     bench_cases,
@@ -279,13 +280,23 @@ def test_a_folder_is_answered_in_batches_of_so_many_images(base):
     assert engine.batch_images == 3
 
 
-def test_a_benchmark_tells_its_largest_level(base):
+def test_a_benchmark_tells_its_largest_level_and_what_it_scores(base, data):
     images = bench_images.noise(2, (96, 64), 1)
     case = bench_cases.Case("m", str(base), None, 4, bench_cases.SHARED, (1, 4), 12, True, {})
     longest = max(len(prompt) for _, prompt in images[0].prompts)
     assert bench_worker.batch_of(case, images) == Batch(4, 8, 12, 96 * 64, longest)
-    scored = replace(case, engine=bench_cases.ONE_AT_A_TIME, levels=(1,), scoring=bench_cases.Scoring("d", "test", 2, 1))
-    assert bench_worker.batch_of(scored, images) == Batch(1, 8, 128, 96 * 64, longest, share=False)
+    raw = dataset.load_undecoded(data)["test"]
+    items, sizes = asking.items_of(raw, "all"), asking.image_sizes(raw, range(len(raw)))
+    told = asking.batch_of(items, sizes, 2, 300, blind=True)
+    how = bench_cases.Scoring(str(data), "test", 0, 1, at_once=2, new_tokens=300)
+    for levels in ((1,), ()):  # none is left to measure when only the scoring was interrupted
+        scored = replace(case, engine=bench_cases.ONE_AT_A_TIME, levels=levels, scoring=how)
+        most = replace(told, pixels=max(told.pixels, 96 * 64), letters=max(told.letters, longest), share=False)
+        assert bench_worker.batch_of(scored, images) == most and (most.images, most.new_tokens) == (2, 300)
+    pages = replace(how, new_tokens=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answer_limits, "usual", lambda *told: answer_limits.EXTRACTION)
+        assert bench_worker.batch_of(replace(case, scoring=pages), images).new_tokens == 2048
 
 
 def test_a_command_names_its_own_flag_before_anything_is_loaded(base, data, tmp_path, monkeypatch):

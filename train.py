@@ -265,7 +265,7 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
         callbacks=callbacks,
         gamma=args.focal,
         mass=plans["train"].mass if args.balance == "loss" else None,
-        data_collator=Collator(splits, encoder, args.task, args.prompts, augment),
+        data_collator=Collator(splits, encoder, args.task, args.prompts, augment, devices.row_multiple()),
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
     )

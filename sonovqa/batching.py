@@ -113,17 +113,18 @@ class Encoder:
         return dataclasses.replace(self.branch(asked["prompt"], weight=weight), place=asked["place"])
 
     def batch(
-        self, prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], vision: dict | None = None
+        self, prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], vision: dict | None = None, multiple: int = 1
     ) -> dict[str, torch.Tensor]:
-        """`assemble` for this family (as it is, for a model that makes its own positions, or for an encoder-decoder), with the
-        vision tensors and the rows of the LM head that a choice is between."""
+        """`assemble` for this family (as it is, for a model that makes its own positions, or for an encoder-decoder, whose rows
+        ``multiple`` leaves as they are), with the vision tensors and the rows of the LM head that a choice is between."""
         if self.starts:
             made = assemble_apart(prefixes, [branch for (branch,) in branches], self.starts, self.tokenizer.pad_token_id)
         else:
-            made = assemble(prefixes, branches, self.tokenizer.pad_token_id)
+            made = assemble(prefixes, branches, self.tokenizer.pad_token_id, multiple)
             if not self.family.shares_prefix:
                 del made["position_ids"]
-                made |= padded_types(prefixes, [sum(len(b.ids) for b in row) for row in branches])
+                lengths = [sum(len(b.ids) for b in row) for row in branches]
+                made |= padded_types(prefixes, lengths, total=made["input_ids"].shape[1])
         return made | (vision or {}) | (label_rows(self.head) if self.head else {})
 
     def prefix_lengths(self, sizes: Sequence[tuple[int, int]], contexts: Sequence[str | None]) -> list[int]:
@@ -188,6 +189,7 @@ class Collator:
         encoder: the run's encoder.
         task, variant: what is asked, see `chat.tasks_of`.
         augmentation: an `augmentation.Augmentation` for training rows, or ``None``; other splits are left as they are.
+        multiple: rows are padded to a multiple of so many tokens, see `devices.row_multiple`.
     """
 
     source: object
@@ -195,6 +197,7 @@ class Collator:
     task: str = "all"
     variant: str = "default"
     augmentation: object = None
+    multiple: int = 1
 
     def __call__(self, plan: Sequence[dict]) -> dict[str, torch.Tensor]:
         """Batch the plan's items ``{split, row, branches, weights}``, with an augmentation ``draw`` too; see `Encoder.batch`
@@ -210,7 +213,7 @@ class Collator:
             tasks = self.encoder.tasks_of(row, self.task, self.variant)
             chosen = zip(item["branches"], item["weights"], strict=True)
             branches.append([self.encoder.branch_of(tasks[k], weight) for k, weight in chosen])
-        return self.encoder.batch(prefixes, branches, vision)
+        return self.encoder.batch(prefixes, branches, vision, self.multiple)
 
     def _only_asked(self, row: dict) -> dict:
         """The row with the questions of the task: what nobody asks need not stay true of the picture."""

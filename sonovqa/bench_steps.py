@@ -116,7 +116,7 @@ def prepare(work: Work, processor, model, size: tuple[int, int], pairs: int) -> 
     plan = planning.plan_split(split, "train", encoder, "all", "default", work.batching == "shared", 1 << 20)
     each = 1 if work.batching == "shared" else n  # sequences an image
     micro = min(work.micro or images, images) * each
-    collate = Collator({"train": split}, encoder)
+    collate = Collator({"train": split}, encoder, multiple=devices.row_multiple())
     pinned = torch.cuda.is_available()
     steps = []
     for first in range(0, len(plan.items), images * each):

@@ -88,6 +88,18 @@ def compute_dtype():
     return torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float16
 
 
+def row_multiple() -> int:
+    """Tokens that a training batch's rows are a multiple of: 8 with CUDA, else 1.
+
+    There attention with a mask takes another path where a row's length is no multiple of 8, so that a compiled model is compiled
+    again, for a quarter of a minute, when the first of the other kind comes along in the middle of a training (PyTorch,
+    aten/src/ATen/native/transformers/attention.cpp, ``preprocess_mask``; github.com/pytorch/pytorch/pull/163083).
+    """
+    import torch
+
+    return 8 if torch.cuda.is_available() else 1
+
+
 def recomputing(on: bool) -> str | bool:
     """Unsloth's ``use_gradient_checkpointing``: its own, which parks hidden states in main memory; plain when GPUs share it."""
     return on and ("unsloth" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else True)

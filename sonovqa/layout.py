@@ -70,13 +70,16 @@ class Branch:
     place: tuple[int, int | None] | None = None
 
 
-def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], pad_id: int) -> dict[str, torch.Tensor]:
+def assemble(
+    prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], pad_id: int, multiple: int = 1
+) -> dict[str, torch.Tensor]:
     """Lay prefixes and their branches out as one padded batch.
 
     Args:
         prefixes: ``R`` prefixes.
         branches: for each row its branches, one or more.
         pad_id: token id of padding.
+        multiple: rows are padded to a multiple of so many tokens.
 
     Returns:
         ``input_ids`` ``[R, L]``; ``position_ids`` ``[3, R, L]`` or ``[R, L]``; ``segments`` ``[R, L]`` (0 prefix, k the
@@ -85,7 +88,7 @@ def assemble(prefixes: Sequence[Prefix], branches: Sequence[Sequence[Branch]], p
         token itself, and ``kinds`` ``[R, L]`` the number of its kind.
     """
     lengths = [len(p.ids) + sum(len(b.ids) for b in row) for p, row in zip(prefixes, branches, strict=True)]
-    rows, length = len(lengths), max(lengths)
+    rows, length = len(lengths), -(-max(lengths) // multiple) * multiple
     axes = prefixes[0].positions.shape[:-1]
     ids = torch.full((rows, length), pad_id)
     positions = torch.zeros((*axes, rows, length), dtype=torch.long)
@@ -165,8 +168,13 @@ def attention_mask(segments: torch.Tensor) -> torch.Tensor:
     return (causal & ((key == 0) | ((key == query) & (key > 0))) | itself)[:, None]
 
 
-def padded_types(prefixes: Sequence[Prefix], lengths: Sequence[int], left: bool = False) -> dict[str, torch.Tensor]:
-    """The processor's marks of prefixes with so many tokens of text after them, ``[R, L, …]``, padded with 0."""
+def padded_types(
+    prefixes: Sequence[Prefix], lengths: Sequence[int], left: bool = False, total: int = 0
+) -> dict[str, torch.Tensor]:
+    """The processor's marks of prefixes with so many tokens of text after them, ``[R, L, …]``, padded with 0, on the right to
+    ``total`` tokens at least."""
     rows = [prefix.types_with(length) for prefix, length in zip(prefixes, lengths, strict=True)]
     side = "left" if left else "right"
-    return {key: pad_sequence([row[key] for row in rows], batch_first=True, padding_side=side) for key in rows[0]}
+    made = {key: pad_sequence([row[key] for row in rows], batch_first=True, padding_side=side) for key in rows[0]}
+    missing = {key: marks.new_zeros(len(marks), max(0, total - marks.shape[1]), *marks.shape[2:]) for key, marks in made.items()}
+    return {key: torch.cat([marks, missing[key]], dim=1) for key, marks in made.items()}

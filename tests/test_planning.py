@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import noise_image
+from tiny_families import FAMILIES
 
 from sonovqa import batching, dataset, families, layout, losses, models, planning, sampling, weighting
 from sonovqa.cli import UserError
@@ -50,6 +51,30 @@ def test_rows_over_the_limit_are_dealt_and_lose_nothing(small, splits, room):
     asked = lambda plan: sorted((item["row"], k) for item in plan.items for k in item["branches"])  # noqa: E731
     assert asked(dealt) == asked(whole) and dealt.answer_tokens == whole.answer_tokens
     assert mean_loss(model, encoder, splits, dealt) == pytest.approx(mean_loss(model, encoder, splits, whole), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_padded_to_a_multiple_lose_the_same(name, splits, tokenizer):
+    """As on a GPU. An encoder-decoder's rows stay as they are."""
+    torch.manual_seed(0)
+    model, processor = FAMILIES[name](tokenizer)
+    encoder = batching.Encoder(processor, model.eval())
+    items = planned(splits, encoder, shared=encoder.family.shares_prefix).items[:3]
+    found = []
+    for multiple in (1, 8, 64):
+        batch = batching.Collator(splits, encoder, multiple=multiple)(items)
+        rows = [
+            value.shape[1]
+            for key, value in batch.items()
+            if key in ("input_ids", "labels", *layout.TYPE_KEYS, *layout.SIGHT_KEYS)
+        ]
+        with torch.no_grad():
+            logits, targets, weights = losses.answer_logits(model, batch)
+        found.append((rows[0], losses.weighted_sum(logits, targets, weights).item() / weights.sum().item(), len(targets)))
+        assert encoder.starts or len(set(rows)) == 1
+    (plain, loss, answers), *padded = found
+    assert [length for length, _, _ in padded] == ([plain] * 2 if encoder.starts else [-(-plain // n) * n for n in (8, 64)])
+    assert all(more == pytest.approx(loss, rel=1e-5) and count == answers for _, more, count in padded)
 
 
 def test_planned_lengths_are_those_of_the_batches(small, splits):

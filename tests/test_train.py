@@ -14,7 +14,7 @@ from running import losses_of, run
 from safetensors.torch import load_file, save_file
 
 import train
-from sonovqa import adapters, families, files, losses, merging, models, tiny
+from sonovqa import adapters, devices, families, files, losses, merging, models, tiny
 from sonovqa.cli import UserError
 
 
@@ -188,6 +188,22 @@ def test_merge_check_passes_an_untouched_copy_and_catches_what_is_left_out(train
     save_file(weights, copy / "merged" / "model.safetensors", {"format": "pt"})
     (copy / "merged" / "processor_config.json").unlink()
     assert any("processor" in line for line in check_again(copy, base)), "the processor left out"
+
+
+def test_rows_padded_as_on_a_gpu_train_the_same(base, data, tmp_path, monkeypatch):
+    plain = run(base, data, tmp_path, "plain", "--no-merge", steps=3)
+    lengths, forward = set(), losses.answer_logits
+
+    def watched(model, batch, **named):
+        if model.training:  # a merge check's rows stand alone
+            lengths.add(batch["input_ids"].shape[1])
+        return forward(model, batch, **named)
+
+    monkeypatch.setattr(losses, "answer_logits", watched)
+    monkeypatch.setattr(devices, "row_multiple", lambda: 8)
+    padded = run(base, data, tmp_path, "padded", "--no-merge", steps=3)
+    assert lengths and all(length % 8 == 0 for length in lengths)
+    assert losses_of(padded) == pytest.approx(losses_of(plain), abs=2e-4)
 
 
 def test_an_adapter_that_rounding_swallows_is_merged_and_told(base, data, tmp_path, capsys):

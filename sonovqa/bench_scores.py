@@ -7,7 +7,7 @@ with. Answers are kept, and a stopped scoring goes on where it was.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from sonovqa import (
@@ -51,7 +51,10 @@ def with_scoring(
         if key not in set(done):
             case, own = found[at], folder / f"scores-{files.sha256(*map(str, key))[:16]}"
             prompt = prompts.get(case.label, how.prompt)
-            told[at] = replace(case, scoring=replace(how, prompt=prompt, folder=str(own), at_once=max(case.levels)))
+            scoring = replace(how, prompt=prompt, folder=str(own), at_once=max(case.levels))
+            # Told here, as a case's own process has its memory and load time measured.
+            work = None if case.engine == VLLM else asdict(batch_of(scoring, case.engine == SHARED))
+            told[at] = replace(case, scoring=replace(scoring, work=work))
     return told
 
 
@@ -73,10 +76,12 @@ def _asked(how: Scoring) -> tuple:
     return raw, items, train, how.new_tokens or answer_limits.usual(items, train)
 
 
-def batch_of(how: Scoring) -> Batch:
-    """The most that a local engine has in work at one time while it scores, see `asking.batch_of`."""
+def batch_of(how: Scoring, share: bool) -> Batch:
+    """The most that a local engine has in work at one time while it scores, see `asking.batch_of`; ``share``: whether it encodes
+    an image once for all its questions."""
     raw, items, _, limit = _asked(how)
-    return asking.batch_of(items, asking.image_sizes(raw, range(len(raw))), how.at_once, limit, blind=True)
+    batch = asking.batch_of(items, asking.image_sizes(raw, range(len(raw))), how.at_once, limit, blind=True)
+    return replace(batch, share=share)
 
 
 def to_send(how: Scoring) -> endpoint_cost.Estimate:

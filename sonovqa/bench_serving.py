@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import re
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,27 +111,17 @@ def _tree_bytes(pid: int) -> int:
 
 def device_used() -> int | None:
     """Bytes in use on this process's GPU, by nvidia-smi; ``None`` where there is none. No CUDA context is made for it."""
-    told = _nvidia_smi("--query-gpu=memory.used", "--format=csv,noheader,nounits")
+    told = devices.ask_nvidia_smi("memory.used")
     try:
-        return int(float(told.split()[0]) * 2**20)
+        return int(float(told[0][0]) * 2**20)
     except (ValueError, IndexError):
         return None
 
 
 def device_processes() -> int:
     """How many processes compute on this process's GPU, by nvidia-smi; 0 where there is none."""
-    return len(_nvidia_smi("--query-compute-apps=pid", "--format=csv,noheader").splitlines())
-
-
-def _nvidia_smi(*query: str) -> str:
-    gpu = devices.first_visible()
-    if gpu is None:
-        return ""
-    try:
-        command = ["nvidia-smi", *query, f"--id={gpu}"]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
+    told = devices.ask_nvidia_smi("uuid")
+    return sum(uuid == told[0][0] for uuid, *_ in devices.computing_processes()) if told else 0
 
 
 def stated_weights(log: Path) -> int | None:

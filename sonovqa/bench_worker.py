@@ -13,7 +13,6 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from sonovqa import (
@@ -26,6 +25,7 @@ from sonovqa import (
     bench_turns,
     cli,
     images,
+    memory_check,
     predictions,
 )
 from sonovqa.bench_cases import RESIDENT, SHARED, TENSORS, VLLM, Case, row_of
@@ -56,7 +56,9 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
     bare = memory_now(cuda)
     with bench_turns.beside_others():
         started = time.perf_counter()
-        adapter, batch = case.adapter and Path(case.adapter), batch_of(case, requests)
+        adapter, (batch, *more) = case.adapter and Path(case.adapter), batches_of(case, requests)
+        for other in more:
+            memory_check.check_inference(models.locate(case.model), case.bits, other, (None, None), adapter)
         model, processor = models.load_for_inference(case.model, case.bits, adapter, batch=batch)
         seconds = time.perf_counter() - started
     told = {"load_seconds": round(seconds, 2), "memory_before": bare, "memory_loaded": memory_now(cuda)}
@@ -75,22 +77,20 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
         yield scored(case, LocalEngine(model, processor, case.scoring.at_once, case.engine == SHARED))
 
 
-def batch_of(case: Case, requests: list[ImageRequest]) -> Batch:
-    """The most that a case has in work at one time, in every respect: of what is measured and of what is scored."""
+def batches_of(case: Case, requests: list[ImageRequest]) -> list[Batch]:
+    """The most that a case has in work at one time: while it is measured, if it still is to be, and while it scores."""
     sizes = [images.size_of(request.image) for request in requests]
-    measured = Batch(
-        images=max(case.levels, default=1),
-        questions=max(len(request.prompts) for request in requests),
-        new_tokens=case.new_tokens,
-        pixels=max(width * height for width, height in sizes),
-        letters=max(len(prompt) for request in requests for _, prompt in request.prompts),
-        share=case.engine == SHARED,
-    )
-    if not case.scoring:
-        return measured
-    scored, respects = bench_scores.batch_of(case.scoring), ("images", "questions", "new_tokens", "pixels", "letters")
-    most = {name: max(getattr(batch, name) or 0 for batch in (measured, scored)) for name in respects}
-    return replace(measured, **most)
+    measured = [
+        Batch(
+            images=max(case.levels, default=1),
+            questions=max(len(request.prompts) for request in requests),
+            new_tokens=case.new_tokens,
+            pixels=max(width * height for width, height in sizes),
+            letters=max(len(prompt) for request in requests for _, prompt in request.prompts),
+            share=case.engine == SHARED,
+        )
+    ]
+    return measured[: len(case.levels)] + ([Batch(**case.scoring.work)] if case.scoring else [])
 
 
 def scored(case: Case, engine: Engine) -> dict:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import subprocess
 
 from sonovqa.cli import UserError, console
 
+NVIDIA_SMI_SECONDS = 20.0  # a driver that hangs must not hang what asks it
+
 
 def visible() -> list[str] | None:
-    """The GPUs that ``CUDA_VISIBLE_DEVICES`` leaves to this process, by number or UUID, as CUDA numbers them; ``None``: all.
-
-    For what is asked of nvidia-smi, which knows nothing of the variable. As in CUDA, names behind one that is none do not
-    count. Numbers are the same for both where GPUs are alike or ``CUDA_DEVICE_ORDER=PCI_BUS_ID`` (CUDA C++ Programming
-    Guide, environment variables).
-    """
+    """What ``CUDA_VISIBLE_DEVICES`` names, in its order: numbers or UUIDs, perhaps shortened; ``None``: it is unset, all GPUs."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return None
@@ -26,6 +24,47 @@ def first_visible() -> str | None:
     """The first of `visible`, which a process uses unless it is told otherwise; ``"0"`` where all are; ``None``: none is."""
     names = visible()
     return "0" if names is None else next(iter(names), None)
+
+
+def ask_nvidia_smi(*fields: str) -> list[list[str]]:
+    """What nvidia-smi says of the GPUs that CUDA shows this process, in CUDA's order; nvidia-smi itself knows nothing of
+    ``CUDA_VISIBLE_DEVICES``. Numbers are the same for both where GPUs are alike or ``CUDA_DEVICE_ORDER=PCI_BUS_ID``.
+
+    As in CUDA, names from the first on that is no GPU, several or one named before do not count (CUDA C++ Programming Guide,
+    environment variables). Parts of a GPU (MIG) are not listed.
+
+    Args:
+        fields: of ``nvidia-smi --help-query-gpu``, such as ``memory.used``; sizes come in MiB.
+
+    Returns:
+        A list of values for each GPU; an empty list where nvidia-smi is missing or fails.
+    """
+    told = _nvidia_smi(f"--query-gpu={','.join(('index', 'uuid', *fields))}")
+    listed = [cells for cells in told if len(cells) == 2 + len(fields)]
+    names = visible()
+    if names is None:
+        return [values for _, _, *values in listed]
+    chosen: list[list[str]] = []
+    for name in names:
+        found = [cells for cells in listed if name == cells[0] or (name.startswith("GPU-") and cells[1].startswith(name))]
+        if len(found) != 1 or found[0] in chosen:
+            break
+        chosen += found
+    return [values for _, _, *values in chosen]
+
+
+def computing_processes() -> list[list[str]]:
+    """``[the GPU's UUID, number]`` of every process that computes on a GPU, by nvidia-smi."""
+    return _nvidia_smi("--query-compute-apps=gpu_uuid,pid")
+
+
+def _nvidia_smi(query: str) -> list[list[str]]:
+    try:
+        asked = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+        done = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=NVIDIA_SMI_SECONDS)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if "," in line]
 
 
 def take_gpu() -> None:
@@ -91,9 +130,9 @@ def compute_dtype():
 def row_multiple() -> int:
     """Tokens that a training batch's rows are a multiple of: 8 with CUDA, else 1.
 
-    There attention with a mask takes another path where a row's length is no multiple of 8, so that a compiled model is compiled
-    again, for a quarter of a minute, when the first of the other kind comes along in the middle of a training (PyTorch,
-    aten/src/ATen/native/transformers/attention.cpp, ``preprocess_mask``; github.com/pytorch/pytorch/pull/163083).
+    There PyTorch compiles attention with a mask again when the first row length of the other kind comes along, a multiple of 8 or
+    none (aten/src/ATen/native/transformers/attention.cpp, ``preprocess_mask``; github.com/pytorch/pytorch/pull/163083). It was
+    not seen at work here: one step in the middle of a training took 16 s, and this is the likeliest cause.
     """
     import torch
 

@@ -171,10 +171,10 @@ def attention_mask(segments: torch.Tensor) -> torch.Tensor:
 def padded_types(
     prefixes: Sequence[Prefix], lengths: Sequence[int], left: bool = False, total: int = 0
 ) -> dict[str, torch.Tensor]:
-    """The processor's marks of prefixes with so many tokens of text after them, ``[R, L, …]``, padded with 0, on the right to
-    ``total`` tokens at least."""
+    """The processor's marks of prefixes with so many tokens of text after them, ``[R, L, …]``, padded with 0 on the right, or on
+    the ``left``, to ``total`` tokens at least."""
     rows = [prefix.types_with(length) for prefix, length in zip(prefixes, lengths, strict=True)]
     side = "left" if left else "right"
     made = {key: pad_sequence([row[key] for row in rows], batch_first=True, padding_side=side) for key in rows[0]}
     missing = {key: marks.new_zeros(len(marks), max(0, total - marks.shape[1]), *marks.shape[2:]) for key, marks in made.items()}
-    return {key: torch.cat([marks, missing[key]], dim=1) for key, marks in made.items()}
+    return {key: torch.cat([missing[key], marks] if left else [marks, missing[key]], dim=1) for key, marks in made.items()}

@@ -25,7 +25,7 @@ from sonovqa.cli import UserError, console
 TOP_AGREEMENT, MEAN_KL, LEAST_SHARE = 0.99, 0.01, 0.5
 #: 16 bits swallow changes below half a unit in the last place: after 2 steps of training they hold 3 % of a layer's adapter,
 #: after 40 steps 83 %, later all of it. Where it is less than this, users are told.
-MOST_OF_IT = 0.5
+LITTLE = 0.5
 CHECK_ROWS = 16
 
 
@@ -51,65 +51,71 @@ def adapter_directions(adapter: Path):
 
 
 @dataclass(frozen=True)
-class Room:
-    """What a layer of the base shows of its adapter before the merge, in fp64; ``W`` is its weight, ``D`` the adapter's change.
+class Projection:
+    """A layer of the base along the change ``D`` that its adapter makes, in fp64; ``W`` is its weight as it is stored.
 
     Attributes:
-        along: ``<W, D>``.
-        holds: ``<round(W + D) - W, D>``: what rounding to 16 bits leaves of it.
-        whole: ``<D, D>``.
+        base: ``<W, D>``.
+        representable: ``<round(W + D) - W, D>``: what of ``D`` 16 bits can hold.
+        squared_norm: ``<D, D>``.
     """
 
-    along: float
-    holds: float
-    whole: float
+    base: float
+    representable: float
+    squared_norm: float
 
 
-def rooms(model, adapter: Path, dtype) -> dict[str, Room]:
-    """The `Room` of every layer with an adapter.
+def projections(model, adapter: Path, dtype) -> dict[str, Projection]:
+    """The `Projection` of every layer with an adapter, by the layer's name.
 
     Args:
         model: the base model, with or without adapters attached, in main memory.
         adapter: the adapter whose `adapter_directions` are taken.
-        dtype: the 16-bit type that the merged weights are stored in.
+        dtype: the 16-bit type that the merged weights are stored in; a base in more bits is rounded to it first.
     """
     found = {}
-    for name, weight, delta in _along(model, adapter):
-        held = (weight + delta).to(dtype).double() - weight
-        found[name] = Room(*((one * delta).sum().item() for one in (weight, held, delta)))
+    for name, weight, delta in _with_deltas(model, adapter):
+        stored = weight.to(dtype).double()
+        held = (stored + delta).to(dtype).double() - stored
+        found[name] = Projection(*((one * delta).sum().item() for one in (stored, held, delta)))
     return found
 
 
-def _along(model, adapter: Path):
-    """``(layer, its weight, its adapter's change of it)``, both in fp64."""
+def _with_deltas(model, adapter: Path):
+    """``(layer's name, its weight, its adapter's change of it)``, both ``[out, in]`` in fp64."""
     for name, delta in adapter_directions(adapter):
         layer = model.get_submodule(name)
         yield name, getattr(layer, "base_layer", layer).weight.detach().double(), delta.double()
 
 
-def adapter_shares(before: dict[str, Room], merged, adapter: Path) -> dict[str, float]:
+def adapter_shares(before: dict[str, Projection], merged, adapter: Path) -> dict[str, float]:
     """How much of what 16 bits can hold of each layer's adapter stands in the merged weights: 1 = all of it, 0 = left out.
 
     Layers whose adapter is zero (never trained), or of which rounding leaves nothing, have none.
+
+    Args:
+        before: `projections` of the base.
+        merged: the merged model, in main memory.
+        adapter: the adapter that should be in it.
     """
-    after = {name: (weight * delta).sum().item() for name, weight, delta in _along(merged, adapter)}
-    return {name: (after[name] - room.along) / room.holds for name, room in before.items() if room.holds > 0}
+    after = {name: (weight * delta).sum().item() for name, weight, delta in _with_deltas(merged, adapter)}
+    return {name: (after[name] - at.base) / at.representable for name, at in before.items() if at.representable > 0}
 
 
-def rounding_of(before: dict[str, Room]) -> dict:
+def rounding_of(before: dict[str, Projection]) -> dict:
     """What rounding costs: the ``least`` share of a layer's adapter that 16 bits hold, and of how many ``layers`` they hold less
-    than `MOST_OF_IT`."""
-    held = [room.holds / room.whole for room in before.values() if room.whole > 0]
-    return {"least": min(held, default=None), "layers": sum(share < MOST_OF_IT for share in held)}
+    than `LITTLE`."""
+    held = [at.representable / at.squared_norm for at in before.values() if at.squared_norm > 0]
+    return {"least": min(held, default=None), "layers": sum(share < LITTLE for share in held)}
 
 
 def rounding_note(check: dict) -> str:
-    """What users are told if 16 bits hold little of an adapter; empty if they hold most of it."""
+    """What users are told of a check (`check_merged`) if 16 bits hold little of an adapter; empty if they hold most of it."""
     found = check.get("rounding") or {"layers": 0}
     if not found["layers"]:
         return ""
     return (
-        f"note: of {found['layers']} layers' adapters 16 bits hold less than {MOST_OF_IT:.0%}, of one {found['least']:.0%}: so "
+        f"note: of {found['layers']} layers' adapters 16 bits hold less than {LITTLE:.0%}, of one {found['least']:.0%}: so "
         "small changes are rounded away, which more training mends; evaluate.py --adapter and serve.sh --lora use them whole"
     )
 
@@ -144,7 +150,9 @@ def verdict(check: dict, shares: dict[str, float]) -> list[str]:
     lost = {name: share for name, share in shares.items() if share < LEAST_SHARE}
     if lost:
         name = min(lost, key=lost.get)
-        wrong.append(f"{len(lost)} layers lack part of their adapter; the worst, {name}, holds {lost[name]:.0%} of it")
+        wrong.append(
+            f"{len(lost)} layers lack part of their adapter; the worst, {name}, has {lost[name]:.0%} of what 16 bits hold of it"
+        )
     return wrong
 
 
@@ -219,7 +227,7 @@ def merge(folder: Path, gpu_memory: int | None = None) -> dict:
         model = None
         free()
         model = _base_and_adapter(base, adapter, None)
-    before = rooms(model.get_base_model(), adapter, storage_dtype(base)) if adapter else {}
+    before = projections(model.get_base_model(), adapter, storage_dtype(base)) if adapter else {}
     unchecked = folder / "merged.unchecked"
     with files.replacing_folder(unchecked) as part:
         model = model.to(storage_dtype(base))
@@ -246,7 +254,12 @@ def _base_and_adapter(base: str, adapter: Path | None, gpu_memory: int | None):
 
 
 def check_merged(
-    merged: Path, adapter: Path | None, batches: list[dict], reference, before: dict[str, Room], gpu_memory: int | None = None
+    merged: Path,
+    adapter: Path | None,
+    batches: list[dict],
+    reference,
+    before: dict[str, Projection],
+    gpu_memory: int | None = None,
 ) -> dict:
     """Reload merged weights and compare them with base and adapter.
 
@@ -254,7 +267,7 @@ def check_merged(
         merged: a merged model folder.
         adapter: the adapter that should be in it; ``None`` after full training.
         batches, reference: answer positions and the logits of 16-bit base + adapter there.
-        before: `rooms` of the base.
+        before: `projections` of the base.
         gpu_memory: as for `merge`.
 
     Returns:
@@ -362,8 +375,10 @@ def main(argv: list[str] | None = None) -> None:
         resuming.clear_parts(args.run)
         check = merge(args.run.resolve(), args.gpu_memory)
         files.write_json(args.run / "merge.json", check)
+    least = check["least_share"]
+    merged = "" if least is None else f", of each layer's adapter at least {least:.0%} of what 16 bits hold"
     console.print(f"merge check: top token agrees at {check['top_agreement']:.2%} of {check['positions']} answer positions, "
-                  f"mean KL {check['mean_kl']:.2g} nats, least adapter share {check['least_share']}")  # fmt: skip
+                  f"mean KL {check['mean_kl']:.2g} nats{merged}")  # fmt: skip
     if note := rounding_note(check):
         console.print(note)
 

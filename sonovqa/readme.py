@@ -54,13 +54,14 @@ def shared(found: list[dict]) -> list[list[str]]:
 
 def _end_to_end(found: list[dict]) -> Iterator[list[str]]:
     """train.py, and below it the peers' way in each of its settings, the fastest first, which is what it is compared with. Of
-    several records of the same the one whose peers were fastest."""
+    several records of the same on one kind of GPU the one whose peers were fastest."""
     best: dict[tuple, tuple[dict, list[dict]]] = {}
     for row in (one for one in found if one.get("batching") == "shared" and "processes" not in one):
         alike = [other for other in found if _run(other) == _run(row) and "batching" not in other]
         peers = sorted(alike, key=lambda other: -other["pairs_per_second"])
-        if _what(row) not in best or _fastest(peers) > _fastest(best[_what(row)][1]):
-            best[_what(row)] = row, peers
+        same = (*_what(row), row["device"], row["setting"])
+        if same not in best or _fastest(peers) > _fastest(best[same][1]):
+            best[same] = row, peers
     for row, peers in best.values():
         gain = f"**{row['pairs_per_second'] / _fastest(peers):.1f}**" if peers else ""
         where = f"{row['model']}, {row['bits']} bits, {row['size']}, {row['pairs']}, data loading included"

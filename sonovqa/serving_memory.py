@@ -8,8 +8,6 @@ suggestion, printed and never applied: vLLM measures for itself, and knows of qu
 from __future__ import annotations
 
 import math
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,23 +152,14 @@ def cpu_told(needs: Needs, space: float, free: float) -> str:
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that ``nvidia-smi`` lists and vLLM would see, in its order; none where it is missing or fails."""
-    if not shutil.which("nvidia-smi"):
-        return []
-    names = devices.visible()
-    chosen = [[]] if names is None else [[f"--id={name}"] for name in names]
-    return [gpu for words in chosen for gpu in _listed(words)]
+    """The NVIDIA GPUs that vLLM would see, in its order; without those that share main memory, which tell no size of their own, and
+    none where nvidia-smi is missing or fails."""
+    told = devices.ask_nvidia_smi("name", "memory.total", "memory.free", "compute_cap")
+    return [gpu_of(*about) for about in told if about[1].isdigit() and about[2].isdigit()]
 
 
-def _listed(chosen: list[str]) -> list[Gpu]:
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,compute_cap", "--format=csv,noheader,nounits", *chosen]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    return [parse_gpu(line) for line in done.stdout.splitlines() if line.count(",") == 3] if done.returncode == 0 else []
-
-
-def parse_gpu(line: str) -> Gpu:
-    """One line of ``nvidia-smi``: ``NVIDIA H200, 143771, 143000, 9.0``, memory in MiB."""
-    name, total, free, capability = (part.strip() for part in line.split(","))
+def gpu_of(name: str, total: str, free: str, capability: str) -> Gpu:
+    """A GPU as nvidia-smi tells it: ``NVIDIA H200``, ``143771``, ``143000``, ``9.0``, memory in MiB."""
     major, minor = capability.split(".")
     return Gpu(name, int(total) * 2**20, int(free) * 2**20, (int(major), int(minor)))
 

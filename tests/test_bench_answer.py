@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 import threading
 import time
 
@@ -199,27 +200,40 @@ def test_memory_of_a_server_is_that_of_all_its_processes(monkeypatch):
     assert memory.kind == "main memory of its processes"
 
 
-@pytest.mark.parametrize(("processes", "known"), [("100\n", True), ("100\n200\n", False), ("", False)])
+def nvidia_smi(folder: Path, *processes: str) -> None:
+    """A box of two GPUs, with 90,000 and 3,000 MiB in use and these processes (``GPU-b, 100``) on them."""
+    gpus = {"index": "01", "uuid": ("GPU-a", "GPU-b"), "memory.used": ("90000", "3000")}
+    lines = [
+        f"#!{sys.executable}",
+        "import sys",
+        f"gpus, processes = {gpus}, {list(processes)}",
+        "kind, _, fields = sys.argv[1].partition('=')",
+        "found = [', '.join(gpus[field][k] for field in fields.split(',')) for k in (0, 1)] if 'gpu' in kind else processes",
+        "print(*found, sep='\\n')",
+    ]
+    (folder / "nvidia-smi").write_text("\n".join(lines))
+    (folder / "nvidia-smi").chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("processes", "known"), [(["GPU-b, 100"], True), (["GPU-b, 100", "GPU-b, 200"], False), (["GPU-a, 100"], False), ([], False)]
+)
 def test_a_device_that_others_use_too_tells_nothing_about_this_process(processes, known, tmp_path, monkeypatch):
-    (tmp_path / "processes").write_text(processes)
-    asked = f'#!/bin/sh\ncase "$1" in *compute-apps*) cat {tmp_path}/processes ;; *) echo 3000 ;; esac\n'
-    (tmp_path / "nvidia-smi").write_text(asked)
-    (tmp_path / "nvidia-smi").chmod(0o755)
+    nvidia_smi(tmp_path, *processes)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert bench_serving.device_used() == 3000 * 2**20
     taken = bench_worker._taken("peak", 1000 * 2**20)
     assert taken["device_peak"] == (2000 * 2**20 if known else None)
 
 
-def test_memory_in_use_is_asked_of_the_gpu_that_this_process_has(tmp_path, monkeypatch):
-    program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\ncase "$*" in *--id=1*) echo 3000 ;; *) echo 90000; echo 90000 ;; esac\n')
-    program.chmod(0o755)
+def test_memory_in_use_is_that_of_the_gpu_that_this_process_has(tmp_path, monkeypatch):
+    nvidia_smi(tmp_path, "GPU-a, 100", "GPU-a, 200", "GPU-b, 300")
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert (bench_serving.device_used(), bench_serving.device_processes()) == (3000 * 2**20, 1)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert (bench_serving.device_used(), bench_serving.device_processes()) == (None, 0)
+    for visible, used, processes in (("1", 3000, 1), ("GPU-a", 90000, 2), ("", None, 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        told = bench_serving.device_used(), bench_serving.device_processes()
+        assert told == (used and used * 2**20, processes)
 
 
 def test_what_vllms_log_states_is_read(tmp_path):

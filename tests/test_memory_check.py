@@ -21,6 +21,7 @@ from sonovqa import (
     asking,
     bench_cases,
     bench_images,
+    bench_scores,
     bench_worker,
     conversation,
     dataset,
@@ -280,23 +281,23 @@ def test_a_folder_is_answered_in_batches_of_so_many_images(base):
     assert engine.batch_images == 3
 
 
-def test_a_benchmark_tells_its_largest_level_and_what_it_scores(base, data):
+def test_a_benchmark_tells_its_largest_level_and_what_it_scores(base, data, tmp_path, monkeypatch):
     images = bench_images.noise(2, (96, 64), 1)
-    case = bench_cases.Case("m", str(base), None, 4, bench_cases.SHARED, (1, 4), 12, True, {})
-    longest = max(len(prompt) for _, prompt in images[0].prompts)
-    assert bench_worker.batch_of(case, images) == Batch(4, 8, 12, 96 * 64, longest)
+    case = bench_cases.Case("m", str(base), None, 4, bench_cases.SHARED, (1, 4), 12, True, {"data": None, "size": None})
+    measured = Batch(4, 8, 12, 96 * 64, max(len(prompt) for _, prompt in images[0].prompts))
+    assert bench_worker.batches_of(case, images) == [measured]
     raw = dataset.load_undecoded(data)["test"]
-    items, sizes = asking.items_of(raw, "all"), asking.image_sizes(raw, range(len(raw)))
-    told = asking.batch_of(items, sizes, 2, 300, blind=True)
-    how = bench_cases.Scoring(str(data), "test", 0, 1, at_once=2, new_tokens=300)
-    for levels in ((1,), ()):  # none is left to measure when only the scoring was interrupted
-        scored = replace(case, engine=bench_cases.ONE_AT_A_TIME, levels=levels, scoring=how)
-        most = replace(told, pixels=max(told.pixels, 96 * 64), letters=max(told.letters, longest), share=False)
-        assert bench_worker.batch_of(scored, images) == most and (most.images, most.new_tokens) == (2, 300)
-    pages = replace(how, new_tokens=None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answer_limits, "usual", lambda *told: answer_limits.EXTRACTION)
-        assert bench_worker.batch_of(replace(case, scoring=pages), images).new_tokens == 2048
+    asked = asking.items_of(raw, "all"), asking.image_sizes(raw, range(len(raw)))
+    how = bench_cases.Scoring(str(data), "test", 0, 1, new_tokens=300)
+    (scoring,) = bench_scores.with_scoring([case], how, [], {}, tmp_path)
+    told = asking.batch_of(*asked, 4, 300, blind=True)
+    assert bench_worker.batches_of(scoring, images) == [measured, told]
+    only = replace(scoring, levels=())  # what is left of a case whose scoring was interrupted
+    bench_cases.save(only, tmp_path / "case.json")
+    assert bench_worker.batches_of(bench_cases.load(tmp_path / "case.json"), images) == [told]
+    monkeypatch.setattr(answer_limits, "usual", lambda *told: answer_limits.EXTRACTION)
+    (pages,) = bench_scores.with_scoring([case], replace(how, new_tokens=None), [], {}, tmp_path)
+    assert bench_worker.batches_of(pages, images)[1].new_tokens == 2048
 
 
 def test_a_command_names_its_own_flag_before_anything_is_loaded(base, data, tmp_path, monkeypatch):

@@ -78,29 +78,50 @@ def test_needs_come_from_headers_and_configuration(tmp_path):
     assert needs_of(str(tmp_path), [], 12, 4096) is None
 
 
-def test_only_gpus_that_vllm_would_see_are_planned_with(tmp_path, monkeypatch):
-    """On a box whose first GPU trains, CUDA_VISIBLE_DEVICES=1 bash serve.sh plans with the second one's memory."""
-    program = tmp_path / "nvidia-smi"
-    listed = {"0": "NVIDIA H200, 143771, 900, 9.0", "1": "NVIDIA H200, 143771, 143156, 9.0"}
-    chosen = "[a[5:] for a in sys.argv if a.startswith('--id=')] or list(gpus)"
-    program.write_text(f"#!{sys.executable}\nimport sys\ngpus = {listed}\nfor name in {chosen}: print(gpus[name])\n")
+def says(program, *lines: str) -> None:
+    """Make ``program`` an nvidia-smi that says so."""
+    program.write_text(f"#!{sys.executable}\nprint({chr(10).join(lines)!r})\n")
     program.chmod(0o755)
+
+
+FIRST, SECOND = "0, GPU-81aa, NVIDIA H200, 143771, 900, 9.0", "1, GPU-8bcc, NVIDIA H200, 143771, 143156, 9.0"
+BUSY = replace(H200, free=900 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, [BUSY, H200]),
+        ("", []),
+        ("1", [H200]),
+        ("1,0", [H200, BUSY]),
+        ("GPU-8b", [H200]),
+        ("GPU-8bcc,GPU-81aa", [H200, BUSY]),
+        ("GPU-8", []),  # either of the two
+        ("1,9,0", [H200]),
+        ("1,1", [H200]),
+        ("9,0", []),
+        ("MIG-GPU-81aa/1/0", []),
+    ],
+)
+def test_only_gpus_that_vllm_would_see_are_planned_with(visible, expected, tmp_path, monkeypatch):
+    """On a box whose first GPU trains, CUDA_VISIBLE_DEVICES=1 bash serve.sh plans with the second one's memory."""
+    says(tmp_path / "nvidia-smi", FIRST, SECOND)
     monkeypatch.setenv("PATH", str(tmp_path))
-    busy = replace(H200, free=900 * 2**20)
-    for visible, expected in (("1", [H200]), ("1,0", [H200, busy]), ("", []), (None, [busy, H200])):
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if visible is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert serving_memory.gpus() == expected, visible
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert serving_memory.gpus() == expected
 
 
 def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert serving_memory.gpus() == []
-    program.write_text(f"#!{sys.executable}\nprint('NVIDIA H200, 143771, 143156, 9.0')\n")
-    program.chmod(0o755)
+    says(program, SECOND)
     assert serving_memory.gpus() == [H200]
-    program.write_text(f"#!{sys.executable}\nprint('No devices were found')\n")
-    assert serving_memory.gpus() == []
-    assert subprocess.run([program], capture_output=True).returncode == 0
+    for other in ("No devices were found", "0, GPU-81aa, NVIDIA GB10, [N/A], [N/A], 12.1"):  # the latter shares main memory
+        says(program, other)
+        assert serving_memory.gpus() == []
+        assert subprocess.run([program], capture_output=True).returncode == 0

@@ -170,7 +170,7 @@ def check_again(folder: Path, base: Path) -> list[str]:
     model = adapters.attach(merging.load_16_bit(str(base), None), folder / "adapter").eval()
     batches = merging.check_rows(plan, processor, model)
     reference = merging.answer_logits(model, batches)
-    before = merging.rooms(model.get_base_model(), folder / "adapter", merging.storage_dtype(str(base)))
+    before = merging.projections(model.get_base_model(), folder / "adapter", merging.storage_dtype(str(base)))
     return merging.check_merged(folder / "merged", folder / "adapter", batches, reference, before)["wrong"]
 
 
@@ -218,6 +218,20 @@ def test_an_adapter_that_rounding_swallows_is_merged_and_told(base, data, tmp_pa
     moved = next(name for name, value in load_file(merged).items() if name in own and not torch.equal(value, own[name]))
     save_file(load_file(merged) | {moved: own[moved]}, merged, {"format": "pt"})
     assert any("1 layers lack" in line for line in check_again(tmp_path / "brief", base))
+
+
+def test_a_base_in_32_bits_is_rounded_before_the_merge_and_so_it_is_checked(base, data, tmp_path):
+    wide = tmp_path / "wide"
+    shutil.copytree(base, wide)
+    torch.manual_seed(0)
+    weights = {
+        n: w.float() + 1e-3 * torch.randn_like(w, dtype=torch.float32) for n, w in load_file(base / "model.safetensors").items()
+    }
+    save_file(weights, wide / "model.safetensors", {"format": "pt"})
+    config = files.read_json(wide / "config.json")
+    files.write_json(wide / "config.json", config | {"dtype": "float32"})
+    check = run(wide, data, tmp_path, "run", steps=2, lr=2e-4, warmup=5)["merge_check"]
+    assert check["wrong"] == [] and check["least_share"] > 0.7 and check["rounding"]["least"] >= 0
 
 
 def test_first_step_has_decoded_no_more_than_its_batch(base, data, tmp_path, monkeypatch):

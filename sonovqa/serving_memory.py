@@ -152,8 +152,8 @@ def cpu_told(needs: Needs, space: float, free: float) -> str:
 
 
 def gpus() -> list[Gpu]:
-    """The NVIDIA GPUs that vLLM would see, in its order; without those that share main memory, which tell no size of their own, and
-    none where nvidia-smi is missing or fails."""
+    """The NVIDIA GPUs that vLLM would see, in its order, without those that share main memory and tell no size of their own; none
+    where nvidia-smi is missing or fails."""
     told = devices.ask_nvidia_smi("name", "memory.total", "memory.free", "compute_cap")
     return [gpu_of(*about) for about in told if about[1].isdigit() and about[2].isdigit()]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sonovqa import bench, bench_peers, bench_records, bench_steps, bench_train, cli, dataset
+from sonovqa import bench, bench_peers, bench_records, bench_steps, bench_train, cli, dataset, devices
 from sonovqa.cli import UserError
 
 SIZE = (96, 64)
@@ -57,6 +57,16 @@ def test_shared_and_separate_steps_are_the_same_training(rows):
         1,
     )
     assert (accumulated["micro_batch"], accumulated["accumulate"]) == (1, 2)
+
+
+def test_raw_steps_pad_their_rows_as_training_does(rows, work, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "row_multiple", lambda: 32)
+    record = tmp_path / "padded.json"
+    bench_records.start(record, "train", {}, {})
+    bench_steps.measure(replace(work, record=record, cells=((SIZE, 16),)))
+    (padded,) = bench_records.rows(record)
+    assert padded["sequence_tokens"] == -(-rows[0]["sequence_tokens"] // 32) * 32 > rows[0]["sequence_tokens"]
+    assert padded["losses"] == pytest.approx(rows[0]["losses"], abs=1e-4)
 
 
 def test_numbers_of_a_row_go_together(rows, work):

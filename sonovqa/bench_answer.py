@@ -147,7 +147,7 @@ def missing(wanted: Iterator[Case], args: argparse.Namespace) -> list[Case]:
         found = bench_scores.with_scoring(found, how, scored, prompts, _kept(args))
     done = {key_of(row) for row in record["rows"] if row["error"] is None}
     left = [(case, tuple(n for n, key in zip(case.levels, case.keys, strict=True) if key not in done)) for case in found]
-    return [dataclasses.replace(case, levels=levels) for case, levels in left if levels or case.scoring]
+    return [bench_scores.with_work(dataclasses.replace(case, levels=levels)) for case, levels in left if levels or case.scoring]
 
 
 def agree(todo: list[Case], requests: list, args: argparse.Namespace) -> None:

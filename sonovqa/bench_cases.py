@@ -24,7 +24,7 @@ class Scoring:
         folder: where the answers are kept.
         at_once: images answered together, or requests in flight.
         new_tokens: an answer's limit; ``None``: by what is asked (`answer_limits.usual`).
-        work: of a local engine, the fields of the `memory_peak.Batch` that it has in work (`bench_scores.batch_of`).
+        work: of a local engine, the fields of the `memory_peak.Batch` that it has in work (`bench_scores.with_work`).
     """
 
     data: str

@@ -25,7 +25,6 @@ from sonovqa import (
 from sonovqa.bench_cases import SHARED, VLLM, Case, Scoring
 from sonovqa.cli import UserError
 from sonovqa.engines import Engine
-from sonovqa.memory_peak import Batch
 
 RESAMPLES = 1000  # of groups, for the intervals, evaluate.py's default
 
@@ -51,10 +50,7 @@ def with_scoring(
         if key not in set(done):
             case, own = found[at], folder / f"scores-{files.sha256(*map(str, key))[:16]}"
             prompt = prompts.get(case.label, how.prompt)
-            scoring = replace(how, prompt=prompt, folder=str(own), at_once=max(case.levels))
-            # Told here, as a case's own process has its memory and load time measured.
-            work = None if case.engine == VLLM else asdict(batch_of(scoring, case.engine == SHARED))
-            told[at] = replace(case, scoring=replace(scoring, work=work))
+            told[at] = replace(case, scoring=replace(how, prompt=prompt, folder=str(own), at_once=max(case.levels)))
     return told
 
 
@@ -76,12 +72,15 @@ def _asked(how: Scoring) -> tuple:
     return raw, items, train, how.new_tokens or answer_limits.usual(items, train)
 
 
-def batch_of(how: Scoring, share: bool) -> Batch:
-    """The most that a local engine has in work at one time while it scores, see `asking.batch_of`; ``share``: whether it encodes
-    an image once for all its questions."""
-    raw, items, _, limit = _asked(how)
-    batch = asking.batch_of(items, asking.image_sizes(raw, range(len(raw))), how.at_once, limit, blind=True)
-    return replace(batch, share=share)
+def with_work(case: Case) -> Case:
+    """The case with what a local engine has in work while it scores, see `asking.batch_of`. It is told before the case's own
+    process begins, whose memory and load time are measured."""
+    if case.scoring is None or case.engine == VLLM:
+        return case
+    raw, items, _, limit = _asked(case.scoring)
+    batch = asking.batch_of(items, asking.image_sizes(raw, range(len(raw))), case.scoring.at_once, limit, blind=True)
+    work = asdict(replace(batch, share=case.engine == SHARED))
+    return replace(case, scoring=replace(case.scoring, work=work))
 
 
 def to_send(how: Scoring) -> endpoint_cost.Estimate:

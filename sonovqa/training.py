@@ -69,9 +69,7 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         dataset_kwargs={"skip_prepare_dataset": True},
         use_cpu=not cuda,
         ddp_find_unused_parameters=False,
-        # Else every forward pass sends them to every process. All are constants, such as rotary frequencies: no family here has
-        # buffers that training changes, as batch norms have.
-        ddp_broadcast_buffers=False,
+        ddp_broadcast_buffers=False,  # all are constants, such as rotary frequencies; no family has batch norms' averages
     )
     return devices.one_gpu(config)
 

@@ -289,14 +289,14 @@ def test_a_benchmark_tells_its_largest_level_and_what_it_scores(base, data, tmp_
     raw = dataset.load_undecoded(data)["test"]
     asked = asking.items_of(raw, "all"), asking.image_sizes(raw, range(len(raw)))
     how = bench_cases.Scoring(str(data), "test", 0, 1, new_tokens=300)
-    (scoring,) = bench_scores.with_scoring([case], how, [], {}, tmp_path)
+    scoring = bench_scores.with_work(*bench_scores.with_scoring([case], how, [], {}, tmp_path))
     told = asking.batch_of(*asked, 4, 300, blind=True)
     assert bench_worker.batches_of(scoring, images) == [measured, told]
     only = replace(scoring, levels=())  # what is left of a case whose scoring was interrupted
     bench_cases.save(only, tmp_path / "case.json")
     assert bench_worker.batches_of(bench_cases.load(tmp_path / "case.json"), images) == [told]
     monkeypatch.setattr(answer_limits, "usual", lambda *told: answer_limits.EXTRACTION)
-    (pages,) = bench_scores.with_scoring([case], replace(how, new_tokens=None), [], {}, tmp_path)
+    pages = bench_scores.with_work(*bench_scores.with_scoring([case], replace(how, new_tokens=None), [], {}, tmp_path))
     assert bench_worker.batches_of(pages, images)[1].new_tokens == 2048
 
 

@@ -9,7 +9,7 @@ Of several modules on one subject the names begin alike; begin with the one that
     answers        answers answer_* coherence structured extraction*
     one sequence   planning weighting sampling augmentation* layout batching losses
     models         families families_table weights memory* models adapters adapting text_only tiny architectures* choice
-    training       training training_flags resuming merging finishing provenance hub model_card
+    training       training training_flags resuming adapter_shares merging finishing provenance hub model_card
     engines        engines generation choosing endpoint* confidence conversation likeness
     evaluation     evaluation_flags answering asking predictions elsewhere unscored most_useful folder_sheet
     scores         metrics measures overlap bertscore ranking calibration consistency scoring scoretable findings weak_slices

@@ -54,11 +54,11 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
 
     cuda, device = torch.cuda.is_available(), bench_serving.device_used()
     bare = memory_now(cuda)
+    adapter, (batch, *more) = case.adapter and Path(case.adapter), batches_of(case, requests)
+    for other in more:
+        memory_check.check_inference(models.locate(case.model), case.bits, other, (None, None), adapter)
     with bench_turns.beside_others():
         started = time.perf_counter()
-        adapter, (batch, *more) = case.adapter and Path(case.adapter), batches_of(case, requests)
-        for other in more:
-            memory_check.check_inference(models.locate(case.model), case.bits, other, (None, None), adapter)
         model, processor = models.load_for_inference(case.model, case.bits, adapter, batch=batch)
         seconds = time.perf_counter() - started
     told = {"load_seconds": round(seconds, 2), "memory_before": bare, "memory_loaded": memory_now(cuda)}
@@ -79,18 +79,20 @@ def local(case: Case, requests: list[ImageRequest]) -> Iterator[dict]:
 
 def batches_of(case: Case, requests: list[ImageRequest]) -> list[Batch]:
     """The most that a case has in work at one time: while it is measured, if it still is to be, and while it scores."""
+    measured = [_measured(case, requests)] if case.levels else []
+    return measured + ([Batch(**case.scoring.work)] if case.scoring else [])
+
+
+def _measured(case: Case, requests: list[ImageRequest]) -> Batch:
     sizes = [images.size_of(request.image) for request in requests]
-    measured = [
-        Batch(
-            images=max(case.levels, default=1),
-            questions=max(len(request.prompts) for request in requests),
-            new_tokens=case.new_tokens,
-            pixels=max(width * height for width, height in sizes),
-            letters=max(len(prompt) for request in requests for _, prompt in request.prompts),
-            share=case.engine == SHARED,
-        )
-    ]
-    return measured[: len(case.levels)] + ([Batch(**case.scoring.work)] if case.scoring else [])
+    return Batch(
+        images=max(case.levels),
+        questions=max(len(request.prompts) for request in requests),
+        new_tokens=case.new_tokens,
+        pixels=max(width * height for width, height in sizes),
+        letters=max(len(prompt) for request in requests for _, prompt in request.prompts),
+        share=case.engine == SHARED,
+    )
 
 
 def scored(case: Case, engine: Engine) -> dict:

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from sonovqa import cli, dataset, files, hub, merging, models, records, resuming, tracking
+from sonovqa import adapter_shares, cli, dataset, files, hub, merging, models, records, resuming, tracking
 from sonovqa.cli import console
 from sonovqa.planning import Plan
 
@@ -150,7 +150,7 @@ def say_end(args: argparse.Namespace, folder: Path, run: dict) -> None:
             f"{args.bits}-bit model as trained agrees at "
             f"{check['drift']['top_agreement']:.2%}"
         )
-        if note := merging.rounding_note(check):
+        if note := adapter_shares.rounding_note(check):
             console.print(note)
     name = os.path.relpath(folder)
     console.print(f"{name}/  {'adapter/ ' if not args.full else ''}{'merged/ ' if check else ''}run.json\n{cli.RESEARCH_NOTICE}")

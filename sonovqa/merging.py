@@ -14,110 +14,16 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
-from sonovqa import adapters, cli, families, files, models, resuming, text_only, weights
+from sonovqa import adapter_shares, adapters, cli, families, files, models, resuming, text_only, weights
+from sonovqa.adapter_shares import Projection
 from sonovqa.cli import UserError, console
 
 #: Bounds of the merge check. Rounding merged weights to 16 bits moves an answer's distribution by 1e-6 to 1e-3 nats. A layer
 #: left out has 0 of what 16 bits can hold of its adapter, one merged has 1.
 TOP_AGREEMENT, MEAN_KL, LEAST_SHARE = 0.99, 0.01, 0.5
-#: 16 bits swallow changes below half a unit in the last place: after 2 steps of training they hold 3 % of a layer's adapter,
-#: after 40 steps 83 %, later all of it. Where it is less than this, users are told.
-LITTLE = 0.5
 CHECK_ROWS = 16
-
-
-def adapter_directions(adapter: Path):
-    """The change of weight each layer's adapter makes, read from a saved adapter.
-
-    Args:
-        adapter: a PEFT LoRA adapter folder (safetensors).
-
-    Yields:
-        ``(name, delta)``: the layer's name in the model, and alpha / rank * B @ A, ``[out, in]`` in fp32.
-        Source: LoRA, arXiv:2106.09685, section 4.1.
-    """
-    from safetensors import safe_open
-
-    config = files.read_json(adapter / "adapter_config.json")
-    scale = config["lora_alpha"] / config["r"]
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118 - a safetensors handle is not iterable
-            if key.endswith(".lora_A.weight"):
-                down, up = tensors.get_tensor(key).float(), tensors.get_tensor(key.replace("lora_A", "lora_B")).float()
-                yield key.removeprefix("base_model.model.").removesuffix(".lora_A.weight"), scale * (up @ down)
-
-
-@dataclass(frozen=True)
-class Projection:
-    """A layer of the base along the change ``D`` that its adapter makes, in fp64; ``W`` is its weight as it is stored.
-
-    Attributes:
-        base: ``<W, D>``.
-        representable: ``<round(W + D) - W, D>``: what of ``D`` 16 bits can hold.
-        squared_norm: ``<D, D>``.
-    """
-
-    base: float
-    representable: float
-    squared_norm: float
-
-
-def projections(model, adapter: Path, dtype) -> dict[str, Projection]:
-    """The `Projection` of every layer with an adapter, by the layer's name.
-
-    Args:
-        model: the base model, with or without adapters attached, in main memory.
-        adapter: the adapter whose `adapter_directions` are taken.
-        dtype: the 16-bit type that the merged weights are stored in; a base in more bits is rounded to it first.
-    """
-    found = {}
-    for name, weight, delta in _with_deltas(model, adapter):
-        stored = weight.to(dtype).double()
-        held = (stored + delta).to(dtype).double() - stored
-        found[name] = Projection(*((one * delta).sum().item() for one in (stored, held, delta)))
-    return found
-
-
-def _with_deltas(model, adapter: Path):
-    """``(layer's name, its weight, its adapter's change of it)``, both ``[out, in]`` in fp64."""
-    for name, delta in adapter_directions(adapter):
-        layer = model.get_submodule(name)
-        yield name, getattr(layer, "base_layer", layer).weight.detach().double(), delta.double()
-
-
-def adapter_shares(before: dict[str, Projection], merged, adapter: Path) -> dict[str, float]:
-    """How much of what 16 bits can hold of each layer's adapter stands in the merged weights: 1 = all of it, 0 = left out.
-
-    Layers whose adapter is zero (never trained), or of which rounding leaves nothing, have none.
-
-    Args:
-        before: `projections` of the base.
-        merged: the merged model, in main memory.
-        adapter: the adapter that should be in it.
-    """
-    after = {name: (weight * delta).sum().item() for name, weight, delta in _with_deltas(merged, adapter)}
-    return {name: (after[name] - at.base) / at.representable for name, at in before.items() if at.representable > 0}
-
-
-def rounding_of(before: dict[str, Projection]) -> dict:
-    """What rounding costs: the ``least`` share of a layer's adapter that 16 bits hold, and of how many ``layers`` they hold less
-    than `LITTLE`."""
-    held = [at.representable / at.squared_norm for at in before.values() if at.squared_norm > 0]
-    return {"least": min(held, default=None), "layers": sum(share < LITTLE for share in held)}
-
-
-def rounding_note(check: dict) -> str:
-    """What users are told of a check (`check_merged`) if 16 bits hold little of an adapter; empty if they hold most of it."""
-    found = check.get("rounding") or {"layers": 0}
-    if not found["layers"]:
-        return ""
-    return (
-        f"note: of {found['layers']} layers' adapters 16 bits hold less than {LITTLE:.0%}, of one {found['least']:.0%}: so "
-        "small changes are rounded away, which more training mends; evaluate.py --adapter and serve.sh --lora use them whole"
-    )
 
 
 def compare(reference, candidate) -> dict[str, float]:
@@ -227,7 +133,7 @@ def merge(folder: Path, gpu_memory: int | None = None) -> dict:
         model = None
         free()
         model = _base_and_adapter(base, adapter, None)
-    before = projections(model.get_base_model(), adapter, storage_dtype(base)) if adapter else {}
+    before = adapter_shares.projections(model.get_base_model(), adapter, storage_dtype(base)) if adapter else {}
     unchecked = folder / "merged.unchecked"
     with files.replacing_folder(unchecked) as part:
         model = model.to(storage_dtype(base))
@@ -267,25 +173,29 @@ def check_merged(
         merged: a merged model folder.
         adapter: the adapter that should be in it; ``None`` after full training.
         batches, reference: answer positions and the logits of 16-bit base + adapter there.
-        before: `projections` of the base.
+        before: `adapter_shares.projections` of the base.
         gpu_memory: as for `merge`.
 
     Returns:
-        ``rows``, ``positions``, ``top_agreement``, ``mean_kl``, ``layers``, ``least_share``, ``rounding`` (`rounding_of`),
-        ``bounds`` and ``wrong``, the list of what is wrong in words.
+        ``rows``, ``positions``, ``top_agreement``, ``mean_kl``, ``layers``, ``least_share``, ``rounding``
+        (`adapter_shares.rounding_of`), ``bounds`` and ``wrong``, the list of what is wrong in words.
     """
     try:
         check_complete(merged)
     except UserError as missing:
         return {"wrong": [str(missing)]}
     model = load_16_bit(str(merged), None)
-    shares = adapter_shares(before, model, adapter) if adapter else {}
+    shares = adapter_shares.of_merged(before, model, adapter) if adapter else {}
     if gpu_memory:
         model = None
         free()
         model = load_16_bit(str(merged), gpu_memory)
     check = {"rows": len(batches), **compare(reference, answer_logits(model.eval(), batches))}
-    check |= {"layers": len(shares), "least_share": min(shares.values(), default=None), "rounding": rounding_of(before)}
+    check |= {
+        "layers": len(shares),
+        "least_share": min(shares.values(), default=None),
+        "rounding": adapter_shares.rounding_of(before),
+    }
     check["bounds"] = {"top_agreement": TOP_AGREEMENT, "mean_kl": MEAN_KL, "least_share": LEAST_SHARE}
     check["wrong"] = verdict(check, shares)
     return check
@@ -379,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     merged = "" if least is None else f", of each layer's adapter at least {least:.0%} of what 16 bits hold"
     console.print(f"merge check: top token agrees at {check['top_agreement']:.2%} of {check['positions']} answer positions, "
                   f"mean KL {check['mean_kl']:.2g} nats{merged}")  # fmt: skip
-    if note := rounding_note(check):
+    if note := adapter_shares.rounding_note(check):
         console.print(note)
 
 

@@ -89,7 +89,10 @@ def _dealt(setting: str) -> str:
 
 
 def _figures(row: Mapping) -> list[str]:
-    return [f"{row['pairs_per_second']:.1f}", records.gigabytes(row["peak_memory_bytes"])]
+    """Speed at the median step, with the slowest one where it took more than twice as long, and peak memory."""
+    slowest = max(row.get("spread_seconds", [0.0]))
+    slow = f" (one step of {slowest:.1f} s)" if slowest > 2 * row.get("median_seconds", slowest) else ""
+    return [f"{row['pairs_per_second']:.1f}{slow}", records.gigabytes(row["peak_memory_bytes"])]
 
 
 def _pixels(size: str) -> int:

@@ -137,13 +137,13 @@ def test_end_to_end_the_fastest_peer_counts_and_only_within_its_own_run(tmp_path
     row = {"kind": "end to end", "model": "8B", "size": "800x600", "pairs": 128, "backend": "unsloth", "peak_memory_bytes": 1e10}
     ours = {"way": "train.py, shared", "batching": "shared", "setting": "16 x 1"}
     for name, speed, peers in (("a", 90.0, {"8 none": 10.0}), ("b", 80.0, {"16 none": 16.0, "8 gc": 8.0})):
-        rows = [row | ours | {"pairs_per_second": speed}]
+        rows = [row | ours | {"pairs_per_second": speed, "median_seconds": 1.5, "spread_seconds": [1.4, 16.6]}]
         rows += [row | {"way": "Unsloth + TRL", "setting": how, "pairs_per_second": found} for how, found in peers.items()]
         record = {"benchmark": "train", "settings": {"bits": 4}, "device": {"name": "GPU"}, "rows": rows}
         tables.files.write_json(tmp_path / f"bench-{name}.json", record)
     made = readme.rewritten("<!-- records: shared -->\n<!-- end of records -->", tmp_path)
     assert [line.split(" | ")[-3:] for line in made.splitlines()[3:-1]] == [
-        ["80.0", "10.0 GB", "**5.0** |"],
+        ["80.0 (one step of 16.6 s)", "10.0 GB", "**5.0** |"],
         ["16.0", "10.0 GB", " |"],
         ["8.0", "10.0 GB", " |"],
     ]

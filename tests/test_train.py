@@ -14,7 +14,7 @@ from running import losses_of, run
 from safetensors.torch import load_file, save_file
 
 import train
-from sonovqa import adapters, devices, families, files, losses, merging, models, tiny
+from sonovqa import adapter_shares, adapters, devices, families, files, losses, merging, models, tiny
 from sonovqa.cli import UserError
 
 
@@ -170,7 +170,7 @@ def check_again(folder: Path, base: Path) -> list[str]:
     model = adapters.attach(merging.load_16_bit(str(base), None), folder / "adapter").eval()
     batches = merging.check_rows(plan, processor, model)
     reference = merging.answer_logits(model, batches)
-    before = merging.projections(model.get_base_model(), folder / "adapter", merging.storage_dtype(str(base)))
+    before = adapter_shares.projections(model.get_base_model(), folder / "adapter", merging.storage_dtype(str(base)))
     return merging.check_merged(folder / "merged", folder / "adapter", batches, reference, before)["wrong"]
 
 

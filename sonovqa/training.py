@@ -41,7 +41,7 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=args.batch,
-        per_device_eval_batch_size=args.batch * 2,
+        per_device_eval_batch_size=args.batch,  # of twice as many rows, 8B's validation took more memory than its training
         gradient_accumulation_steps=args.accumulate,
         learning_rate=args.lr,
         lr_scheduler_type=args.schedule,

@@ -242,8 +242,7 @@ def make_trainer(args, folder: Path, model, processor, splits, encoder, plans):
     from sonovqa.augmentation import Augmentation
     from sonovqa.batching import Collator
 
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    steps_a_pass = -(-len(plans["train"].items) // (args.batch * args.accumulate * world))
+    steps_a_pass = -(-len(plans["train"].items) // (args.batch * args.accumulate * devices.processes()))
     args.steps = args.steps or max(1, round(args.epochs * steps_a_pass))
     args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.optimizer = args.optimizer or ("adamw_8bit" if torch.cuda.is_available() else "adamw_torch")

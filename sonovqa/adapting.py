@@ -51,12 +51,17 @@ def adapt(loaded: models.Loaded, how: Adapting):
     if loaded.backend == "unsloth":
         import unsloth
 
-        return unsloth.FastVisionModel.get_peft_model(
+        adapted = unsloth.FastVisionModel.get_peft_model(
             model, r=how.rank, lora_alpha=how.alpha, lora_dropout=how.dropout, bias="none", random_state=how.seed,
             finetune_vision_layers=how.vision, finetune_language_layers=how.language,
             finetune_attention_modules=how.attention, finetune_mlp_modules=how.mlp,
             use_gradient_checkpointing=devices.recomputing(how.checkpointing),  # its default overrides the loader's choice
         )  # fmt: skip
+        if devices.processes() > 1:
+            # Unsloth 2026.10.7 then leaves a hook of its own on the vision tower that no longer gets the keyword arguments it
+            # asked for, which ends the first step; this registers it anew, as Unsloth itself does for one process.
+            adapted.enable_input_require_grads()
+        return adapted
     import torch
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 

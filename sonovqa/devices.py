@@ -67,6 +67,11 @@ def _nvidia_smi(query: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if "," in line]
 
 
+def processes() -> int:
+    """How many processes train together, by torchrun's ``WORLD_SIZE``; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def take_gpu() -> None:
     """Make each of torchrun's processes use a GPU of its own, by its ``LOCAL_RANK``. To be called before anything is loaded:
     what asks for the current GPU (quantised weights, memory at hand) would else be given the first one in all of them."""
@@ -131,8 +136,8 @@ def row_multiple() -> int:
     """Tokens that a training batch's rows are a multiple of: 8 with CUDA, else 1.
 
     There PyTorch compiles attention with a mask again when the first row length of the other kind comes along, a multiple of 8 or
-    none (aten/src/ATen/native/transformers/attention.cpp, ``preprocess_mask``; github.com/pytorch/pytorch/pull/163083). It was
-    not seen at work here: one step in the middle of a training took 16 s, and this is the likeliest cause.
+    none (aten/src/ATen/native/transformers/attention.cpp, ``preprocess_mask``; github.com/pytorch/pytorch/pull/163083). That is
+    the likeliest cause of a step of 16 s in the middle of a training on an H200; padded so, no training there had one since.
     """
     import torch
 
@@ -141,4 +146,4 @@ def row_multiple() -> int:
 
 def recomputing(on: bool) -> str | bool:
     """Unsloth's ``use_gradient_checkpointing``: its own, which parks hidden states in main memory; plain when GPUs share it."""
-    return on and ("unsloth" if int(os.environ.get("WORLD_SIZE", 1)) == 1 else True)
+    return on and ("unsloth" if processes() == 1 else True)

@@ -11,7 +11,7 @@ from sonovqa.families import FAMILIES, Family
 _FILE = "tests/test_families.py"
 #: Families of which that file has a tiny random checkpoint.
 TESTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "mllama", "gemma3", "blip-2", "florence2")
-_TINY_ON_GPU = ("qwen2_vl", "qwen2_5_vl", "llava", "mllama", "blip-2", "florence2")
+_TINY_ON_GPU = ("qwen2_vl", "qwen2_5_vl", "llava", "mllama", "gemma3", "blip-2", "florence2")
 #: Records under outputs/records/ of runs on a GPU, by family, and what the weights were: through Unsloth, or transformers and
 #: PEFT where Unsloth is not used.
 ON_GPU = {

@@ -137,10 +137,11 @@ def save(args: argparse.Namespace, folder: Path, loaded, trainer, run: dict) -> 
 def say_end(args: argparse.Namespace, folder: Path, run: dict) -> None:
     """The run in four lines: time and memory, merge check, files, what comes next."""
     made, check = run["training"], run.get("merge_check")
-    loss = float("nan") if made["best_validation_loss"] is None else made["best_validation_loss"]
+    loss = made["best_validation_loss"]
+    validated = "not validated" if loss is None else f"least validation loss {loss:.4f}"
     console.print(
         f"trained {made['steps']} steps in {records.duration(made['seconds'])}: {made['answers_per_second']:.1f} answers/s, "
-        f"peak {records.gigabytes(made['peak_memory_bytes'])}, least validation loss {loss:.4f}; "
+        f"peak {records.gigabytes(made['peak_memory_bytes'])}, {validated}; "
         f"kept: after {made['kept_step']} steps"
     )
     if check:

@@ -35,10 +35,10 @@ TABLES = ("embed", "embedding", "shared.weight")
 #: Those of phantoms with Qwen3-VL's tokenizer (outputs/records/bench-train-h200.json).
 SYSTEM_TOKENS, QUESTION_TOKENS, LONGEST_TOKENS, ANSWER_TOKENS = 26, 20, 36, 8
 USUAL_PIXELS = 800 * 600  # of an image where no limit is given: a frame of an ultrasound machine
-#: Numbers a token and hidden unit that a layer keeps for the backward pass (Korthikanti et al. 2022, arXiv:2205.05198, section
-#: 4.1, 34 bytes in 16 bits, attention without its score matrix), and that live at once while one layer is gone back through,
-#: as measured (bench-train-h200.json).
-KEPT_OF_A_LAYER, ONE_LAYER = 17, 44
+#: Numbers a token and hidden unit that a layer keeps for the backward pass, and that live at once while one layer is gone back
+#: through, both as measured (bench-train-end-to-end-no-checkpointing-h200.json, bench-train-h200.json). Korthikanti et al. 2022
+#: (arXiv:2205.05198, section 4.1) count 17 of the former (34 bytes in 16 bits), without a gated feed-forward layer.
+KEPT_OF_A_LAYER, ONE_LAYER = 20, 44
 LOGIT_BYTES = 14  # a logit in 16 bits and in fp32, its softmax and its gradient
 
 

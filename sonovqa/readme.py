@@ -65,7 +65,8 @@ def _end_to_end(found: list[dict]) -> Iterator[list[str]]:
     for row, peers in best.values():
         gain = f"**{row['pairs_per_second'] / _fastest(peers):.1f}**" if peers else ""
         where = f"{row['model']}, {row['bits']} bits, {row['size']}, {row['pairs']}, data loading included"
-        yield [where, "train.py, shared image", *_figures(row), gain]
+        kept = ", no checkpointing" * row["setting"].endswith(" none")
+        yield [where, f"train.py, shared image{kept}", *_figures(row), gain]
         for peer in peers:
             yield ["", f"{peer['way']}, {_dealt(peer['setting'])}", *_figures(peer), ""]
 

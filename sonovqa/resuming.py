@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from sonovqa import dataset, files
+from sonovqa import dataset, devices, files
 from sonovqa.cli import UserError
 
 WHOLE = "checkpoint_is_whole.json"  # written last into a checkpoint: its files and their sizes
@@ -39,7 +39,7 @@ def settings(args: argparse.Namespace) -> dict:
     """
     kept = {name: value for name, value in vars(args).items() if name not in FREE}
     fingerprint = dataset.about(args.data)["fingerprint"]
-    return json.loads(json.dumps(kept, default=str)) | {"data": fingerprint, "WORLD_SIZE": os.environ.get("WORLD_SIZE", "1")}
+    return json.loads(json.dumps(kept, default=str)) | {"data": fingerprint, "WORLD_SIZE": str(devices.processes())}
 
 
 def start(folder: Path, now: dict) -> None:
@@ -160,6 +160,6 @@ def way_on(words: Sequence[str]) -> str:
     Args:
         words: ``sys.argv``.
     """
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = devices.processes()
     launcher = f"torchrun --nproc_per_node={processes}" if processes > 1 else "python"
     return f"go on with: {launcher} {shlex.join([*(word for word in words if word != '--resume'), '--resume'])}"

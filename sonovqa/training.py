@@ -90,8 +90,14 @@ class SharedImageTrainer(SFTTrainer):
     it the training waited for the next batches, ``data_wait_seconds``.
     """
 
-    def __init__(self, *args, gamma: float = 0.0, mass: float | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, *args, gamma: float = 0.0, mass: float | None = None, **kwargs):
+        trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+        super().__init__(model, *args, **kwargs)
+        for parameter, data in trained:
+            # TRL puts LoRA matrices on a quantised base into bf16, where AdamW's small updates are lost; a resumed run, whose
+            # matrices PEFT loads in fp32, would be another one. (Unsloth takes that out of TRL.)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         # TRL takes nothing but a `datasets.Dataset`.
         self.train_dataset = Sequences(self.train_dataset)
         self.eval_dataset = self.eval_dataset and Sequences(self.eval_dataset)

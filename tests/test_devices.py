@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from sonovqa import devices
+from sonovqa import adapting, devices
 
 
 def test_hidden_states_stay_on_the_gpu_where_several_processes_share_the_way_off_it(monkeypatch):
@@ -13,6 +16,32 @@ def test_hidden_states_stay_on_the_gpu_where_several_processes_share_the_way_off
     assert devices.recomputing(True) == "unsloth" and devices.recomputing(False) is False
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert devices.recomputing(True) is True and devices.recomputing(False) is False
+
+
+class Tower(torch.nn.Module):
+    """A vision tower as Unsloth 2026.10.7 leaves it: its hook wants the keyword arguments and was registered again without."""
+
+    def __init__(self):
+        super().__init__()
+        self.hook = self.register_forward_pre_hook(lambda module, args, kwargs: None)
+
+    def forward(self, *, pixels: int) -> int:
+        return pixels
+
+    def enable_input_require_grads(self) -> None:
+        """As Unsloth's: its old hook goes, the new one gets them."""
+        self.hook.remove()
+        self.hook = self.register_forward_pre_hook(lambda module, args, kwargs: None, with_kwargs=True)
+
+
+def test_unsloths_hook_on_the_vision_tower_is_mended_where_several_processes_train(monkeypatch):
+    """It ended `torchrun --nproc_per_node=2 train.py --no-checkpointing` in its first step on two H200s."""
+    unsloth = SimpleNamespace(FastVisionModel=SimpleNamespace(get_peft_model=lambda model, **_: model))
+    monkeypatch.setitem(sys.modules, "unsloth", unsloth)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    how = adapting.Adapting(checkpointing=False)
+    model = adapting.adapt(SimpleNamespace(model=Tower(), backend="unsloth"), how)
+    assert model(pixels=3) == 3
 
 
 def test_each_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch):

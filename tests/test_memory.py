@@ -79,18 +79,20 @@ RECORDS = Path(__file__).parents[1] / "outputs" / "records"
 
 
 def trained_rows() -> list:
-    """Rows of the committed benchmarks of training here, and the peers' one without recomputing, in their least words."""
+    """Rows of the committed benchmarks of training here, and the peers' ones without recomputing, in their least words."""
     raw = files.read_json(RECORDS / "bench-train-h200.json")["rows"]
-    ends = files.read_json(RECORDS / "bench-train-end-to-end-h200.json")["rows"]
-    ends += files.read_json(RECORDS / "bench-train-end-to-end-16-none-h200.json")["rows"]
+    ends = [row for name in ("", "-16-none", "-no-checkpointing")
+            for row in files.read_json(RECORDS / f"bench-train-end-to-end{name}-h200.json")["rows"]]  # fmt: skip
     told = [(r["model"], 4, r["size"], r["micro_batch"], r["batching"], True, r["peak_memory_bytes"]) for r in raw]
-    told += [("8B", 4, r["size"], 16, "shared", True, r["peak_memory_bytes"]) for r in ends if r["way"] == "train.py, shared"]
     for bits in (4, 16):
         layers = files.read_json(RECORDS / f"bench-3-layers-{bits}-bits.json")["rows"]
         told += [(r["model"].removeprefix("qwen3-vl-"), bits, r["size"], r["micro_batch"], "shared", True, r["peak_memory_bytes"])
                  for r in layers if r["layers"] == "all"]  # fmt: skip
-    kept = [(r, int(r["setting"].split()[0])) for r in ends if r["setting"].endswith(" none")]
-    return told + [("8B", 4, r["size"], batch, "separate", False, r["peak_memory_bytes"]) for r, batch in kept]
+    for r in ends:
+        kept, batching = r["setting"].endswith(" none"), r.get("batching", "separate")
+        if kept or batching == "shared":
+            told.append((r["model"], 4, r["size"], int(r["setting"].split()[0]), batching, not kept, r["peak_memory_bytes"]))
+    return told
 
 
 @pytest.mark.parametrize(("model", "bits", "size", "batch", "batching", "checkpointing", "measured"), trained_rows())

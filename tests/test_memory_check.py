@@ -119,8 +119,8 @@ def test_an_architecture_that_nobody_knows_is_judged_by_its_weights(check):
     assert said.startswith(f"{LLAVA} needs about 15 GB in 16 bits; 12 GB are free on the GPU; --bits 8 needs about 8.2 GB")
 
 
-RECORDS = ("bench-memory-h200", "bench-answer-h200", "bench-memory-16-bits-h200", "bench-memory-4-8-bits-h200", "bench-4-answer",
-           "bench-4-answer-16-bits")  # fmt: skip
+RECORDS = ("bench-memory-h200", "bench-answer-h200", "bench-memory-16-bits-h200", "bench-memory-4-8-bits-h200",
+           "bench-memory-8-bits-h200", "bench-4-answer-4-bits", "bench-4-answer-16-bits")  # fmt: skip
 
 
 @pytest.mark.parametrize("record", RECORDS)

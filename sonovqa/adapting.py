@@ -58,8 +58,9 @@ def adapt(loaded: models.Loaded, how: Adapting):
             use_gradient_checkpointing=devices.recomputing(how.checkpointing),  # its default overrides the loader's choice
         )  # fmt: skip
         if devices.processes() > 1:
-            # Unsloth 2026.10.7 then leaves a hook of its own on the vision tower that no longer gets the keyword arguments it
-            # asked for, which ends the first step; this registers it anew, as Unsloth itself does for one process.
+            # unsloth_zoo 2026.10.7 (`peft_utils`, `register_other_hooks`) registers Unsloth's hook on the vision tower again, but
+            # without the keyword arguments it needs, which ends the first step. This registers it as it was; for one process
+            # Unsloth does so itself, with checkpointing TRL.
             adapted.enable_input_require_grads()
         return adapted
     import torch

@@ -3,9 +3,10 @@
 Two checks refuse what will not fit. `check_training` here counts weights, what training keeps beside them, and activations of
 one micro-batch, and for merging the 16-bit weights in main memory; it is held to within 25 % of what was measured
 (tests/test_memory.py). `memory_check.check_inference` counts the peak of answering (`memory_peak`): weights, KV cache and
-activations of the images that a command answers at once. Both count CUDA's context, and neither what torch's allocator
-reserves beyond its tensors. So a model that is refused might just have fitted, and one that is let through may still run out
-with long sequences: a smaller ``--batch``, ``--batch-images`` or ``--max-pixels`` needs less.
+activations of the images that a command answers at once. Both count CUDA's context. Of what torch's allocator reserves beyond
+its tensors, answering counts nothing, and training what it was in the runs that its activations were fitted to. So a model that
+is refused might just have fitted, and one that is let through may still run out with long sequences: a smaller ``--batch``,
+``--batch-images`` or ``--max-pixels`` needs less.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ TABLES = ("embed", "embedding", "shared.weight")
 SYSTEM_TOKENS, QUESTION_TOKENS, LONGEST_TOKENS, ANSWER_TOKENS = 26, 20, 36, 8
 USUAL_PIXELS = 800 * 600  # of an image where no limit is given: a frame of an ultrasound machine
 #: Numbers a token and hidden unit that a layer keeps for the backward pass, and that live at once while one layer is gone back
-#: through, both as measured (bench-train-end-to-end-no-checkpointing-h200.json, bench-train-h200.json). Korthikanti et al. 2022
-#: (arXiv:2205.05198, section 4.1) count 17 of the former (34 bytes in 16 bits), without a gated feed-forward layer.
+#: through, both fitted to what was reserved (bench-train-end-to-end-no-checkpointing-h200.json, bench-train-h200.json).
+#: Korthikanti et al. 2022 (arXiv:2205.05198, section 4.1) count 17 of the former (34 bytes in 16 bits), without a gated
+#: feed-forward layer.
 KEPT_OF_A_LAYER, ONE_LAYER = 20, 44
 LOGIT_BYTES = 14  # a logit in 16 bits and in fp32, its softmax and its gradient
 

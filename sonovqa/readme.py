@@ -62,11 +62,10 @@ def _end_to_end(found: list[dict]) -> Iterator[list[str]]:
         same = (*_what(row), row["device"], row["setting"])
         if same not in best or _fastest(peers) > _fastest(best[same][1]):
             best[same] = row, peers
-    for row, peers in best.values():
+    for row, peers in sorted(best.values(), key=lambda one: (_size_of(one[0]["model"]), one[0]["setting"].endswith(" none"))):
         gain = f"**{row['pairs_per_second'] / _fastest(peers):.1f}**" if peers else ""
         where = f"{row['model']}, {row['bits']} bits, {row['size']}, {row['pairs']}, data loading included"
-        kept = ", no checkpointing" * row["setting"].endswith(" none")
-        yield [where, f"train.py, shared image{kept}", *_figures(row), gain]
+        yield [where, f"train.py, shared image, {_checkpointing(row['setting'])}", *_figures(row), gain]
         for peer in peers:
             yield ["", f"{peer['way']}, {_dealt(peer['setting'])}", *_figures(peer), ""]
 
@@ -85,8 +84,12 @@ def _what(row: Mapping) -> tuple:
 
 def _dealt(setting: str) -> str:
     """A setting of the peers' way (`bench_peers.Setting`) in words."""
-    batch, how = setting.split()[:2]
-    return f"{batch} samples at a time, {'no ' if how == 'none' else ''}checkpointing"
+    return f"{setting.split()[0]} samples at a time, {_checkpointing(setting)}"
+
+
+def _checkpointing(setting: str) -> str:
+    """Whether it recomputes: train.py's settings (``8 x 2 none``) and the peers' (``8 none padding-free``) say it in one word."""
+    return "no checkpointing" if "none" in setting.split() else "checkpointing"
 
 
 def _figures(row: Mapping) -> list[str]:

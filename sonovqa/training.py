@@ -94,9 +94,10 @@ class SharedImageTrainer(SFTTrainer):
         trained = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(model, *args, **kwargs)
         for parameter, data in trained:
-            # TRL puts LoRA matrices on a quantised base into bf16, where AdamW's small updates are lost; a resumed run, whose
-            # matrices PEFT loads in fp32, would be another one. (Unsloth takes that out of TRL.)
-            if parameter.dtype != data.dtype:
+            # TRL puts LoRA matrices on a quantised base into bf16, where AdamW's small updates are lost and which the scaling of
+            # fp16 does not take; a resumed run, whose matrices PEFT loads in fp32, would be another one. (Unsloth takes that
+            # out of TRL.)
+            if data.dtype == torch.float32 != parameter.dtype:
                 parameter.data = data.to(parameter.device)
         # TRL takes nothing but a `datasets.Dataset`.
         self.train_dataset = Sequences(self.train_dataset)

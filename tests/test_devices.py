@@ -35,7 +35,8 @@ class Tower(torch.nn.Module):
 
 
 def test_unsloths_hook_on_the_vision_tower_is_mended_where_several_processes_train(monkeypatch):
-    """It ended `torchrun --nproc_per_node=2 train.py --no-checkpointing` in its first step on two H200s."""
+    """It ended `torchrun --nproc_per_node=2 train.py --no-checkpointing` in its first step on two H200s. This is an
+    imitation of it: the real one needs a GPU."""
     unsloth = SimpleNamespace(FastVisionModel=SimpleNamespace(get_peft_model=lambda model, **_: model))
     monkeypatch.setitem(sys.modules, "unsloth", unsloth)
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -81,7 +81,7 @@ RECORDS = Path(__file__).parents[1] / "outputs" / "records"
 def trained_rows() -> list:
     """Rows of the committed benchmarks of training here, and the peers' ones without recomputing, in their least words."""
     raw = files.read_json(RECORDS / "bench-train-h200.json")["rows"]
-    ends = [row for name in ("", "-16-none", "-no-checkpointing")
+    ends = [row for name in ("", "-16-none", "-large-peers", "-no-checkpointing")
             for row in files.read_json(RECORDS / f"bench-train-end-to-end{name}-h200.json")["rows"]]  # fmt: skip
     told = [(r["model"], 4, r["size"], r["micro_batch"], r["batching"], True, r["peak_memory_bytes"]) for r in raw]
     for bits in (4, 16):

@@ -120,7 +120,8 @@ def test_an_architecture_that_nobody_knows_is_judged_by_its_weights(check):
 
 
 RECORDS = ("bench-memory-h200", "bench-answer-h200", "bench-memory-16-bits-h200", "bench-memory-4-8-bits-h200",
-           "bench-memory-8-bits-h200", "bench-4-answer-4-bits", "bench-4-answer-16-bits")  # fmt: skip
+           "bench-memory-8-bits-h200", "bench-4-answer-4-bits", "bench-4-answer-16-bits",
+           "bench-answer-beside-vllm-h200")  # fmt: skip
 
 
 @pytest.mark.parametrize("record", RECORDS)

@@ -50,9 +50,10 @@ def documents(root: Path | None, out: Path, forms: int, transcriptions: int, see
     Raises:
         UserError: no page is asked for, ``out`` is somebody else's folder, or the CSV file cannot be read or lacks columns.
     """
-    if forms < 0 or transcriptions < 1 or (not forms and root is None):
+    if min(forms, transcriptions) < 0 or not (forms or (root is not None and transcriptions)):
         raise UserError(
-            f"no page to draw; --forms {forms} --transcriptions {transcriptions}; 1 or more; raise --forms or give --root"
+            f"no page to draw; --forms {forms} --transcriptions {transcriptions}; 0 or more, and transcriptions with --root; "
+            "raise --forms, or give --root"
         )
     drops: Drops = {}
     samples = _chosen(read_transcriptions(root, drops), transcriptions, seed, drops) if root is not None else []

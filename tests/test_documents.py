@@ -312,11 +312,19 @@ def test_transcriptions_become_pages_with_all_their_words(tmp_path, transcriptio
 def test_what_is_not_rendered_is_listed(tmp_path, transcriptions):
     about = prepare(tmp_path / "out", "--forms", 8, "--root", transcriptions, "--transcriptions", 3)[1]
     assert [len(items) for reason, items in about["dropped"].items() if reason.startswith("not rendered")] == [4]
+    about = prepare(tmp_path / "forms", "--forms", 8, "--root", transcriptions, "--transcriptions", 0)[1]
+    assert [len(items) for reason, items in about["dropped"].items() if reason.startswith("not rendered")] == [7]
+
+
+def test_forms_alone_can_be_asked_for(tmp_path):
+    splits, _ = prepare(tmp_path / "out", "--forms", 16, "--transcriptions", 0)
+    assert sum(len(split) for split in splits.values()) == 16
 
 
 def test_mistakes_are_named(tmp_path, transcriptions):
-    with pytest.raises(UserError, match="no page to draw"):
-        prepare(tmp_path / "out", "--forms", 0)
+    for asked in (("--forms", 0), ("--forms", -1), ("--forms", 8, "--transcriptions", -1)):
+        with pytest.raises(UserError, match="no page to draw"):
+            prepare(tmp_path / "out", *asked)
     with pytest.raises(UserError, match="no single CSV"):
         prepare(tmp_path / "out", "--root", tmp_path / "nowhere")
     (transcriptions / "mtsamples.csv").write_text("a,b\n1,2\n")

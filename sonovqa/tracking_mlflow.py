@@ -14,7 +14,7 @@ from sonovqa import credentials, files
 
 EXPERIMENT = "unsloth_vlm_ultrasound"
 TRACKED = "mlflow.json"  # in a run's folder: which MLflow run is its own
-KIND = {"mlflow.experimentKind": "finetuning"}  # MLflow's pages then open on the runs, not on traces of an agent
+KIND = {"mlflow.experimentKind": "finetuning"}  # with "Model training" chosen, MLflow's pages open it on its runs
 PARENT = "mlflow.parentRunId"  # the tag by which MLflow's pages nest runs
 
 

@@ -106,6 +106,19 @@ def _growing(weighted_sum, times):
     return grown
 
 
+def test_a_validation_takes_no_more_rows_at_a_time_than_training(base, data, tmp_path, monkeypatch):
+    """Twice as many took more of an H200's memory than training did."""
+    rows, answer_logits = {True: [], False: []}, losses.answer_logits
+
+    def counted(model, batch, wrapped=None):
+        rows[model.training].append(len(batch["labels"]))
+        return answer_logits(model, batch, wrapped)
+
+    monkeypatch.setattr("sonovqa.losses.answer_logits", counted)
+    run(base, data, tmp_path, "rows", "--no-merge", batch=2, steps=1)
+    assert (set(rows[True]), rows[False][:2]) == ({2}, [2, 2])
+
+
 def test_a_step_whose_answers_all_weigh_nothing_leaves_the_weights_finite(base, data, tmp_path):
     """Separate sequences, one a step: most steps hold no Q2."""
     zero = [f"Q{k}=0" for k in (1, 3, 4, 5, 6, 7, 8)]

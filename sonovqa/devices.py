@@ -148,3 +148,16 @@ def row_multiple() -> int:
 def recomputing(on: bool) -> str | bool:
     """Unsloth's ``use_gradient_checkpointing``: its own, which parks hidden states in main memory; plain when GPUs share it."""
     return on and ("unsloth" if processes() == 1 else True)
+
+
+def keep_blocks_whole() -> None:
+    """Compiled blocks stay whole where several processes train; call it before the first forward pass.
+
+    Unsloth compiles each block on its own. For DDP, torch would cut such a graph at the borders of gradient buckets
+    (`torch._dynamo.backends.distributed.DDPOptimizer`), which is meant for a whole model in one graph. It does so in the forward
+    pass only: a block that has to be compiled anew while checkpointing runs it again stays whole and keeps other tensors, which
+    ended the first step on two H200s (github.com/pytorch/pytorch/issues/104674 and 144035).
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.optimize_ddp = False

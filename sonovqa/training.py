@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,6 +72,10 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # all are constants, such as rotary frequencies; no family has batch norms' averages
     )
+    if devices.processes() > 1:
+        devices.keep_blocks_whole()
+        # torch 2.13 has a new name for it, accelerate 1.15 still uses the old one.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     return devices.one_gpu(config)
 
 

@@ -155,8 +155,10 @@ def keep_blocks_whole() -> None:
 
     Unsloth compiles each block on its own. For DDP, torch would cut such a graph at the borders of gradient buckets
     (`torch._dynamo.backends.distributed.DDPOptimizer`), which is meant for a whole model in one graph. It does so in the forward
-    pass only: a block that has to be compiled anew while checkpointing runs it again stays whole and keeps other tensors, which
-    ended the first step on two H200s (github.com/pytorch/pytorch/issues/104674 and 144035).
+    pass only: a block that is compiled anew while checkpointing runs it again is not cut and keeps other tensors, an error
+    (github.com/pytorch/pytorch/issues/104674 and 144035; `tests/compiled_blocks.py` shows it on a CPU). Two H200s met that error
+    in their first step and meet none since; without checkpointing they are faster by a twelfth
+    (bench-train-two-gpus-no-checkpointing-h200.json beside …-cut-blocks-h200.json).
     """
     import torch._dynamo
 

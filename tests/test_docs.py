@@ -138,6 +138,15 @@ def test_tables_are_made_from_rows_of_gpu_records(tmp_path):
         readme.rewritten("<!-- records: nothing -->\n<!-- end of records -->", tmp_path)
 
 
+def test_raw_steps_are_compared_at_the_pairs_of_whole_trainings(tmp_path):
+    row = {"kind": "raw", "model": "8B", "size": "800x600", "backend": "unsloth", "peak_memory_bytes": 1e10}
+    rows = [row | {"pairs": pairs, "batching": batching, "pairs_per_second": speed * pairs}
+            for pairs in (64, 256, 128) for batching, speed in (("shared", 3.0), ("separate", 1.0))]  # fmt: skip
+    record = {"benchmark": "train", "settings": {"bits": 4}, "device": {"name": "GPU"}, "rows": rows}
+    tables.files.write_json(tmp_path / "bench-x.json", record)
+    assert [line[0] for line in readme.shared(list(readme.rows_of(tmp_path)))[1:]] == ["Qwen3-VL-8B, 4 bits, 800x600, 128", ""]
+
+
 def test_end_to_end_the_fastest_peer_counts_and_only_within_its_own_run(tmp_path):
     """Two runs of the same on two days: ratios are not taken across them, and the better peer's is told. What is dealt otherwise
     has lines of its own, small models first."""

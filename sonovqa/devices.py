@@ -137,8 +137,8 @@ def row_multiple() -> int:
 
     There PyTorch compiles attention with a mask again when the first row length of the other kind comes along, a multiple of 8 or
     none (aten/src/ATen/native/transformers/attention.cpp, ``preprocess_mask``; github.com/pytorch/pytorch/pull/163083). That is
-    the likeliest cause of a step of 16 s in the middle of a training on an H200 (bench-train-end-to-end-16-none-h200.json). Of 15
-    timed steps padded so, of three trainings there, none took long; nor did five unpadded ones of an earlier one.
+    the likeliest cause of a step of 16 s in the middle of a training on an H200 (bench-train-end-to-end-16-none-h200.json). No
+    step padded so that was timed there since took long; nor did five unpadded ones of an earlier training.
     """
     import torch
 
@@ -151,14 +151,17 @@ def recomputing(on: bool) -> str | bool:
 
 
 def keep_blocks_whole() -> None:
-    """Compiled blocks stay whole where several processes train; call it before the first forward pass.
+    """Compiled blocks stay whole where several processes train; call it after Unsloth is imported, which sets the opposite, and
+    before the first forward pass.
 
     Unsloth compiles each block on its own. For DDP, torch would cut such a graph at the borders of gradient buckets
     (`torch._dynamo.backends.distributed.DDPOptimizer`), which is meant for a whole model in one graph. It does so in the forward
     pass only: a block that is compiled anew while checkpointing runs it again is not cut and keeps other tensors, an error
-    (github.com/pytorch/pytorch/issues/104674 and 144035; `tests/compiled_blocks.py` shows it on a CPU). Two H200s met that error
-    in their first step and meet none since; without checkpointing they are faster by a twelfth
-    (bench-train-two-gpus-no-checkpointing-h200.json beside …-cut-blocks-h200.json).
+    (github.com/pytorch/pytorch/issues/144035). Two H200s met that error in their first step (torch 2.11), and not in the
+    nine steps run since; why blocks were compiled anew there is not known. `tests/compiled_blocks.py` makes it so on a CPU.
+
+    From torch 2.12 on each thread has this setting for itself. The backward pass, on another thread, needs none: graphs are cut
+    in DDP's forward pass only.
     """
     import torch._dynamo
 

@@ -28,7 +28,7 @@ def rows_of(folder: Path) -> Iterator[dict]:
         record = files.read_json(path)
         if record.get("benchmark") == "train":
             about = {"bits": record["settings"]["bits"], "device": record["device"]["name"], "weights": record.get("weights")}
-            about["record"] = path.name
+            about |= {"record": path.name, "started": record.get("started", "")}
             found = (row for row in record["rows"] if row.get("layers", bench_steps.ALL) == bench_steps.ALL)
             yield from (row | about | {"model": _model(row)} for row in found if row.get("backend") == GPU_BACKEND)
 
@@ -39,14 +39,17 @@ def _model(row: Mapping) -> str:
 
 
 def shared(found: list[dict]) -> list[list[str]]:
-    """Of each model the largest image that was measured both ways in one run, at `PAIRS` or what comes nearest, then all that was
-    measured end to end."""
+    """Of each model the largest image that was measured both ways in one run, at `PAIRS` or what comes nearest and in the latest
+    such run, then all that was measured end to end."""
     head = ["model, images, QA pairs a step", "", "QA pairs/s ↑", "memory ↓", "ratio ↑"]
     lines = []
     raw = {(*_what(row), row["record"], row["batching"]): row for row in found if row["kind"] == "raw"}
     both = [key[:-1] for key in raw if key[-1] == "shared" and (*key[:-1], "separate") in raw]
     for model, bits in dict.fromkeys(key[:2] for key in sorted(both)):
-        largest = max((key for key in both if key[:2] == (model, bits)), key=lambda key: (_pixels(key[2]), -abs(key[3] - PAIRS)))
+        largest = max(
+            (key for key in both if key[:2] == (model, bits)),
+            key=lambda key: (_pixels(key[2]), -abs(key[3] - PAIRS), raw[*key, "shared"]["started"]),
+        )
         one, other = (raw[*largest, batching] for batching in ("shared", "separate"))
         where = f"{one['model']}, {bits} bits, {largest[2]}, {largest[3]}"
         lines.append([where, "shared image", *_figures(one), f"**{one['pairs_per_second'] / other['pairs_per_second']:.1f}**"])
@@ -107,10 +110,10 @@ def _pixels(size: str) -> int:
 
 
 def memory(found: list[dict]) -> list[list[str]]:
-    """Peak memory of raw steps with shared images: a line a model, bits and image size, a column a ``--batch``."""
-    cells = {
-        (r["model"], r["bits"], r["size"], r["micro_batch"]): r for r in found if r["kind"] == "raw" and r["batching"] == "shared"
-    }
+    """Peak memory of raw steps with shared images: a line a model, bits and image size, a column a ``--batch``; of several runs
+    the most."""
+    rising = sorted((r for r in found if r["kind"] == "raw" and r["batching"] == "shared"), key=lambda r: r["peak_memory_bytes"])
+    cells = {(r["model"], r["bits"], r["size"], r["micro_batch"]): r for r in rising}
     batches = sorted({key[3] for key in cells})
     lines = []
     for model, bits, size in sorted({key[:3] for key in cells}, key=lambda key: (_size_of(key[0]), key[1], _pixels(key[2]))):

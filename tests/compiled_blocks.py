@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=2 tests/compiled_blocks.py whole
 
-The number of threads changes before the backward pass, so the blocks are compiled anew in it, whatever made that happen on a GPU.
+The number of threads changes before the backward pass, so the blocks are compiled anew in it: torch's compiler takes graphs again
+only where that number is the same.
 """
 
 from __future__ import annotations

@@ -138,13 +138,18 @@ def test_tables_are_made_from_rows_of_gpu_records(tmp_path):
         readme.rewritten("<!-- records: nothing -->\n<!-- end of records -->", tmp_path)
 
 
-def test_raw_steps_are_compared_at_the_pairs_of_whole_trainings(tmp_path):
-    row = {"kind": "raw", "model": "8B", "size": "800x600", "backend": "unsloth", "peak_memory_bytes": 1e10}
-    rows = [row | {"pairs": pairs, "batching": batching, "pairs_per_second": speed * pairs}
-            for pairs in (64, 256, 128) for batching, speed in (("shared", 3.0), ("separate", 1.0))]  # fmt: skip
-    record = {"benchmark": "train", "settings": {"bits": 4}, "device": {"name": "GPU"}, "rows": rows}
-    tables.files.write_json(tmp_path / "bench-x.json", record)
-    assert [line[0] for line in readme.shared(list(readme.rows_of(tmp_path)))[1:]] == ["Qwen3-VL-8B, 4 bits, 800x600, 128", ""]
+def test_raw_steps_are_compared_at_the_pairs_of_whole_trainings_in_the_latest_run(tmp_path):
+    """Memory is the most of all runs."""
+    row = {"kind": "raw", "model": "8B", "size": "800x600", "backend": "unsloth", "image_tokens": 475, "micro_batch": 16}
+    for name, day, most, gain in (("a", 22, 1.2e10, 2.0), ("b", 23, 1.1e10, 3.0), ("c", 21, 1e10, 4.0)):
+        rows = [row | {"pairs": pairs, "batching": batching, "pairs_per_second": speed * pairs, "peak_memory_bytes": most}
+                for pairs in (64, 256, 128) for batching, speed in (("shared", gain), ("separate", 1.0))]  # fmt: skip
+        record = {"benchmark": "train", "settings": {"bits": 4}, "device": {"name": "GPU"}, "rows": rows}
+        record["started"] = f"2026-11-{day}T08:00:00+00:00"
+        tables.files.write_json(tmp_path / f"bench-{name}.json", record)
+    found = list(readme.rows_of(tmp_path))
+    assert readme.shared(found)[1] == ["Qwen3-VL-8B, 4 bits, 800x600, 128", "shared image", "384.0", "11.0 GB", "**3.0**"]
+    assert readme.memory(found)[1] == ["Qwen3-VL-8B", "4", "800x600 (475 tokens)", "12.0 GB"]
 
 
 def test_end_to_end_the_fastest_peer_counts_and_only_within_its_own_run(tmp_path):

@@ -10,11 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch._dynamo
 from conftest import ROOT
 from datasets import DatasetDict, concatenate_datasets
+from holding_still import Hold
 from running import losses_of, words
 from safetensors.torch import load_file
 
@@ -57,6 +59,25 @@ def test_two_processes_give_the_run_of_one(base, data, tmp_path):
     assert left.keys() == right.keys() and all(torch.isfinite(tensor).all() for tensor in right.values())
     assert said.count("step     1  loss") == 1 and said.count("merge check passed") == 1, "one of them prints"
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+def test_two_processes_killed_go_on_as_one_run(base, data, tmp_path):
+    """With dropout and two passes over the data, each shuffled: the weights and losses of a run that was left alone."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py")
+    more = {"batch": 2, "steps": 8, "eval_every": 3, "dropout": 0.1, "max_images": 12}
+    whole, killed = ((*torchrun, *words(base, data, tmp_path, name, "--no-merge", **more)) for name in ("whole", "killed"))
+    alone, _ = launched(*whole)
+    hold = Hold(r"^os.mkdir \S*/checkpoint-6 ", tmp_path / "held")
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(killed, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | hold.environment, **pipes) as first:
+        hold.wait(first)
+        for process in (psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)):
+            process.kill()
+    resumed, said = launched(*killed, "--resume")
+    assert resumed["training"]["resumed_at"] == [3] and "checkpoint-3" in said
+    assert losses_of(resumed) == losses_of(alone)
+    left, right = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "killed"))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize("way", ["whole", "cut"])

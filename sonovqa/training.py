@@ -72,17 +72,18 @@ def configure(args, folder: Path, validate: bool, steps: int) -> SFTConfig:
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,  # all are constants, such as rotary frequencies; no family has batch norms' averages
     )
-    if devices.processes() > 1:
-        _prepare_ddp(config)
-    return devices.one_gpu(config)
+    return _prepared_for_ddp(devices.one_gpu(config))
 
 
-def _prepare_ddp(config: SFTConfig) -> None:
+def _prepared_for_ddp(config: SFTConfig) -> SFTConfig:
+    if devices.processes() == 1:
+        return config
     devices.keep_blocks_whole()
     # torch 2.13 has a new name for `ddp_broadcast_buffers`, accelerate 1.15 still uses the old one.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     if config.device.type == "cpu":
         config._setup_devices = torch.device("cpu")  # accelerate's "cpu:0" is no place that torch.load knows: no run went on
+    return config
 
 
 class SharedImageTrainer(SFTTrainer):

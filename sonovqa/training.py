@@ -82,7 +82,7 @@ def _prepared_for_ddp(config: SFTConfig) -> SFTConfig:
     # torch 2.13 has a new name for `ddp_broadcast_buffers`, accelerate 1.15 still uses the old one.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     if config.device.type == "cpu":
-        config._setup_devices = torch.device("cpu")  # accelerate's "cpu:0" is no place that torch.load knows: no run went on
+        config._setup_devices = torch.device("cpu")  # with accelerate's "cpu:0" torch.load cannot read a checkpoint
     return config
 
 

@@ -121,6 +121,17 @@ def test_records_that_pages_link_to_are_there():
     assert len(linked) > 100 and [name for name in sorted(linked) if not (ROOT / name).exists()] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [("", "README.md"), ("", "experiments.md"), ("-no-checkpointing", "experiments.md"), ("-cut-blocks", "experiments.md")],
+)
+def test_what_prose_says_of_two_gpus_is_what_their_records_say(name, page):
+    one, two = tables.files.read_json(tables.RECORDS / f"bench-train-two-gpus{name}-h200.json")["rows"]
+    times = f"{two['pairs_per_second'] / one['pairs_per_second']:.2f} times"
+    told = [line for line in (ROOT / page).read_text().splitlines() if not line.startswith("|")]
+    assert two["processes"] == 2 and "processes" not in one and any(times in line for line in told), times
+
+
 def test_tables_are_made_from_rows_of_gpu_records(tmp_path):
     row = {"kind": "raw", "model": "8B", "size": "800x600", "pairs": 64, "batching": "shared", "image_tokens": 475,
            "micro_batch": 8, "backend": "unsloth", "pairs_per_second": 80.0, "peak_memory_bytes": 1.01e10}  # fmt: skip

@@ -23,12 +23,19 @@ from safetensors.torch import load_file
 import train
 from sonovqa import cli, devices, resuming, training
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def ended(*command: str, **environment: str) -> subprocess.CompletedProcess:
+    """A command run to its end, with a thread a process."""
+    env = os.environ | ONE_THREAD | environment
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=900)
+
 
 def launched(*command: str) -> tuple[dict, str]:
     """Run train.py by a launcher or by Python; its record and what it said."""
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
-    )
+    done = ended(*command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "broadcast_buffers" not in done.stderr, "accelerate's use of an old name concerns nobody here"
     folder = Path(command[command.index("--outputs") + 1]) / command[command.index("--run-name") + 1]
@@ -48,8 +55,7 @@ def test_two_processes_give_the_run_of_one(base, data, tmp_path):
     """Fifteen training rows and five to validate: neither divides by two processes' batches, and no row counts twice."""
     data, more = uneven(data, tmp_path / "uneven"), ("--no-checkpointing", "--max-images", "15")
     one, _ = launched(sys.executable, "train.py", *words(base, data, tmp_path, "one", *more, batch=4))
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py")
-    two, said = launched(*torchrun, *words(base, data, tmp_path, "two", *more, batch=2))
+    two, said = launched(*TORCHRUN, "train.py", *words(base, data, tmp_path, "two", *more, batch=2))
     assert two["processes"] == 2 and one["processes"] == 1
     assert losses_of(two) == pytest.approx(losses_of(one), rel=1e-5)
     assert two["training"]["best_validation_loss"] == pytest.approx(one["training"]["best_validation_loss"], rel=1e-5)
@@ -63,13 +69,14 @@ def test_two_processes_give_the_run_of_one(base, data, tmp_path):
 
 def test_two_processes_killed_go_on_as_one_run(base, data, tmp_path):
     """With dropout and two passes over the data, each shuffled: the weights and losses of a run that was left alone."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py")
     more = {"batch": 2, "steps": 8, "eval_every": 3, "dropout": 0.1, "max_images": 12}
-    whole, killed = ((*torchrun, *words(base, data, tmp_path, name, "--no-merge", **more)) for name in ("whole", "killed"))
+    whole, killed = (
+        (*TORCHRUN, "train.py", *words(base, data, tmp_path, name, "--no-merge", **more)) for name in ("whole", "killed")
+    )
     alone, _ = launched(*whole)
     hold = Hold(r"^os.mkdir \S*/checkpoint-6 ", tmp_path / "held")
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
-    with subprocess.Popen(killed, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | hold.environment, **pipes) as first:
+    with subprocess.Popen(killed, cwd=ROOT, env=os.environ | ONE_THREAD | hold.environment, **pipes) as first:
         hold.wait(first)
         for process in (psutil.Process(first.pid), *psutil.Process(first.pid).children(recursive=True)):
             process.kill()
@@ -83,11 +90,7 @@ def test_two_processes_killed_go_on_as_one_run(base, data, tmp_path):
 @pytest.mark.parametrize("way", ["whole", "cut"])
 def test_blocks_that_are_compiled_anew_in_the_backward_pass(way):
     """As Unsloth's are: compiled, checkpointed, under DDP. Once "cut" runs, torch has mended it: `keep_blocks_whole` can go."""
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = subprocess.run(
-        (*torchrun, "tests/compiled_blocks.py", way),
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=600,
-    )  # fmt: skip
+    done = ended(*TORCHRUN, "tests/compiled_blocks.py", way, PYTHONPATH=str(ROOT))
     if way == "cut":
         assert done.returncode and "CheckpointError" in done.stderr, done.stderr[-2000:]
     else:
@@ -105,11 +108,7 @@ def test_training_of_several_processes_keeps_blocks_whole(monkeypatch, tmp_path)
 
 
 def test_a_mistake_of_all_processes_is_said_once(tmp_path):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    command = (*torchrun, "train.py", "--data", str(tmp_path / "none"), "--model", "tiny", "--run-name", "r")
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900
-    )
+    done = ended(*TORCHRUN, "train.py", "--data", str(tmp_path / "none"), "--model", "tiny", "--run-name", "r")
     assert done.returncode and done.stderr.count("\nerror: ") + done.stderr.startswith("error: ") == 1, done.stderr[-2000:]
 
 
